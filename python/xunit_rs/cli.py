@@ -1,0 +1,298 @@
+"""The command `xunit-rs`: denoise images, convert checkpoints, train, evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from . import images
+from .denoise import DEFAULT_MODEL, Denoiser, pretrained_names
+
+__all__ = ["main"]
+
+_TRAIN_OPTIONS: list[tuple[str, Callable[[str], Any], str]] = [
+    ("steps", int, "number of optimiser steps"),
+    ("sigma", float, "noise standard deviation, 0-255 scale"),
+    ("patch-size", int, "side of the training patches, pixels"),
+    ("batch-size", int, "patches per step"),
+    ("lr", float, "peak learning rate"),
+    ("seed", int, "seed of weights, patches and noise"),
+    ("time-budget", float, "stop, with everything saved, after this many seconds"),
+    ("threads", int, "number of threads (default: all cores)"),
+    ("init", str, "checkpoint to start from"),
+    ("precision", str, "numeric precision of training"),
+]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0 (done), 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
+    parser = _parser()
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse has printed its message, or --help
+        return stop.code if isinstance(stop.code, int) else 2
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return int(args.run(args))
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of stdout, `head` say, has left. Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "torch":
+            raise
+        return _fail(f"`{args.command}` needs PyTorch: pip install 'xunit-rs[torch]'")
+    except MemoryError:
+        return _fail("out of memory; a smaller --tile needs less")
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        return _fail(str(error) or type(error).__name__)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="xunit-rs", description="Image denoising with xUnit networks, on the CPU."
+    )
+    parser.add_argument("--version", action="version", version=f"xunit-rs {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:
+        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("denoise", _denoise, "denoise an image or the images of a folder")
+    sub.add_argument("input", metavar="IN", type=Path, help="image file or folder")
+    sub.add_argument(
+        "output",
+        metavar="OUT",
+        type=Path,
+        nargs="?",
+        help="file or folder to write (default: IN with '-denoised' added to its name)",
+    )
+    _add_model(sub)
+    sub.add_argument(
+        "--tile", type=_natural, help="side of the tiles, pixels; 0 = whole image (default: auto)"
+    )
+    sub.add_argument("--threads", type=_natural, default=0, help="0 = all cores (default)")
+    sub.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    sub.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+
+    sub = command("convert", _convert, "convert a checkpoint to safetensors")
+    sub.add_argument("source", metavar="SRC", type=Path, help="official .pkl or .pt checkpoint")
+    sub.add_argument("target", metavar="DST", type=Path, help=".safetensors file to write")
+
+    sub = command("train", _train, "train a denoiser (needs PyTorch)")
+    sub.add_argument("--data", type=Path, required=True, help="folder of clean images")
+    sub.add_argument("--out", type=Path, required=True, help="folder for the results")
+    # Options not given stay out of the namespace: training.train holds the defaults.
+    for name, kind, text in _TRAIN_OPTIONS:
+        sub.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
+    sub.add_argument(
+        "--resume", action="store_true", default=argparse.SUPPRESS, help="go on from OUT"
+    )
+
+    sub = command("eval", _evaluate, "measure a denoiser's PSNR on clean images")
+    sub.add_argument("--data", type=Path, required=True, help="folder of clean images")
+    _add_model(sub)
+    sub.add_argument("--sigma", type=float, default=25.0, help="0-255 scale (default: 25)")
+    sub.add_argument(
+        "--protocol", choices=("kair", "official2018"), default="kair", help="default: kair"
+    )
+    sub.add_argument("--threads", type=_natural, default=0, help="0 = all cores (default)")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    command("info", _info, "print versions, instruction set and threads")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(pretrained_names()) or "none shipped"
+    parser.add_argument(
+        "--model",
+        metavar="NAME|PATH",
+        default=DEFAULT_MODEL,
+        help=f"{names}, or a .safetensors file (default: {DEFAULT_MODEL})",
+    )
+
+
+def _natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {number}")
+    return number
+
+
+def _denoise(args: argparse.Namespace) -> int:
+    jobs, existing = _jobs(args.input, args.output, args.overwrite)
+    denoiser = Denoiser.from_pretrained(args.model, tile=args.tile, threads=args.threads)
+    failures = 0
+    with _Progress(len(jobs), quiet=args.quiet) as progress:
+        for source, target in jobs:
+            progress.start(source.name)
+            try:
+                image = images.read(source)
+                images.check_target(target, image.mode, overwrite=args.overwrite)
+                images.write(denoiser(image), target, overwrite=args.overwrite)
+            except (ValueError, TypeError, OSError) as error:
+                if not args.input.is_dir():
+                    raise
+                progress.clear()
+                text = str(error)
+                failures = _fail(text if str(source.name) in text else f"{source}: {text}")
+            else:
+                progress.say(str(target))
+    if existing and not args.quiet:
+        print(
+            f"xunit-rs: {existing} results exist already and were left; --overwrite replaces them",
+            file=sys.stderr,
+        )
+    return failures
+
+
+def _jobs(
+    source: Path, target: Path | None, overwrite: bool
+) -> tuple[list[tuple[Path, Path]], int]:
+    """Pairs of input and output, and how many outputs of a folder exist and are left alone."""
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    if not source.is_dir():
+        if target is None:
+            target = source.with_name(f"{source.stem}-denoised{_suffix(source)}")
+        elif target.is_dir():
+            target = target / _result_name(source)
+        images.check_target(target, overwrite=overwrite)
+        return [(source, target)], 0
+    source = Path(os.path.normpath(source))
+    if target is None:
+        whole = source.resolve()  # gives "." and ".." a name
+        target = (source if source.name not in ("", "..") else whole)
+        target = target.with_name(f"{whole.name}-denoised")
+    if target.exists() and not target.is_dir():
+        raise images.ImageError(f"{target}: is a file; the result of a folder is a folder")
+    if target.exists() and target.samefile(source) and not overwrite:
+        raise images.ImageError(f"{target}: is the input; its files are replaced by --overwrite")
+    names = sorted(p for p in source.iterdir() if images.is_image_name(p) and p.is_file())
+    if not names:
+        raise images.ImageError(f"{source}: no images in this folder")
+    jobs = [(path, target / _result_name(path)) for path in names]
+    todo = [job for job in jobs if overwrite or not job[1].exists()]
+    target.mkdir(parents=True, exist_ok=True)
+    return todo, len(jobs) - len(todo)
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix if path.suffix.lower() in images.TRUE_COLOUR_SUFFIXES else ".png"
+
+
+def _result_name(path: Path) -> str:
+    # The whole old name before a new suffix, so that a.gif and a.png do not meet.
+    return path.name if _suffix(path) == path.suffix else path.name + _suffix(path)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from . import checkpoints
+
+    checkpoints.convert(args.source, args.target)
+    print(args.target)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from . import training
+
+    names = [name.replace("-", "_") for name, _, _ in _TRAIN_OPTIONS] + ["resume"]
+    options = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    training.train(args.data, args.out, **options)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from . import evaluation
+
+    denoiser = Denoiser.from_pretrained(args.model, threads=args.threads)
+    result = _plain(evaluation.evaluate(denoiser, args.data, args.sigma, args.protocol))
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        for key, value in result.items():
+            if not isinstance(value, (dict, list)):
+                print(f"{key:<10} {value:.3f}" if isinstance(value, float) else f"{key:<10} {value}")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from .info import info
+
+    print(info())
+    return 0
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses, named tuples, paths and numpy scalars as what JSON knows."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    elif hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if hasattr(value, "item") else value
+
+
+def _fail(message: str, code: int = 1) -> int:
+    """Print one line to stderr and return the exit status."""
+    print(f"xunit-rs: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    print(f"xunit-rs: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+class _Progress:
+    """A bar on a terminal's stderr, and a line on stdout for every file written."""
+
+    def __init__(self, total: int, *, quiet: bool, stream: TextIO | None = None) -> None:
+        self.total, self.done, self.quiet = total, 0, quiet
+        self.stream = sys.stderr if stream is None else stream
+        self.live = not quiet and total > 1 and self.stream.isatty()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def start(self, name: str) -> None:
+        if self.live:
+            filled = 20 * self.done // self.total
+            bar = "#" * filled + "." * (20 - filled)
+            print(
+                f"\r\x1b[K[{bar}] {self.done}/{self.total} {name[:40]}",
+                end="", file=self.stream, flush=True,
+            )
+        self.done += 1
+
+    def clear(self) -> None:
+        if self.live:
+            print("\r\x1b[K", end="", file=self.stream, flush=True)
+
+    def say(self, line: str) -> None:
+        self.clear()
+        if not self.quiet:
+            print(line, flush=True)

@@ -1,0 +1,273 @@
+"""Denoising of arrays, PIL images and files with a trained network. Needs no PyTorch."""
+
+from __future__ import annotations
+
+import operator
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from . import images
+
+__all__ = ["DEFAULT_MODEL", "Denoiser", "pretrained_names"]
+
+DEFAULT_MODEL = "xdncnn-2018-s25"
+
+# Images with more pixels than this are denoised in tiles unless the caller says otherwise. 64
+# features in float32 take 256 bytes a pixel and several such buffers are alive at a time.
+_WHOLE_IMAGE_PIXELS = 1 << 20
+_AUTO_TILE = 512
+
+# Beyond it a float image is on the 0-255 (or 0-65535) scale, not a noisy image in [0, 1].
+_MAX_FLOAT = 2.0
+
+_INTEGER_SCALE = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0}
+_FLOATS = frozenset(np.dtype(t) for t in (np.float16, np.float32, np.float64))
+
+# BT.601, full range, chroma centred on 0. Rows: Y, Cb, Cr.
+_RGB_TO_YCC = np.array(
+    [
+        [0.299, 0.587, 0.114],
+        [-0.299 / 1.772, -0.587 / 1.772, 0.5],
+        [0.5, -0.587 / 1.402, -0.114 / 1.402],
+    ]
+)
+# White noise of deviation s in RGB has deviation s times the row's norm in that plane.
+_YCC_GAIN = np.linalg.norm(_RGB_TO_YCC, axis=1)
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class Network(Protocol):
+    """What a Denoiser needs of a network; `xunit_rs._core.Network` is one."""
+
+    @property
+    def channels(self) -> int: ...
+
+    def denoise(self, image: FloatArray, tile: int, threads: int) -> FloatArray: ...
+
+
+def _weights_folder() -> Path:
+    return Path(str(resources.files(__package__))) / "weights"
+
+
+def pretrained_names() -> list[str]:
+    """Names of the networks that come with the package, for `Denoiser.from_pretrained`."""
+    return sorted(path.stem for path in _weights_folder().glob("*.safetensors"))
+
+
+class Denoiser:
+    """Removes white Gaussian noise of the strength its network was trained for.
+
+    denoiser(image) takes, and gives back in the same kind,
+
+    - a numpy array HxW or HxWxC, C = 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha), of
+      dtype uint8, uint16 or float16/32/64 in [0, 1], in any memory layout: same shape and dtype;
+    - a PIL image: same size and mode (palette and bilevel images come back as RGB, RGBA, LA or L);
+    - a path: a PIL image.
+
+    The network computes in float32. Integer results are clipped and rounded; float ones are not
+    clipped, and neither are their inputs: noise may exceed [0, 1]. Alpha is passed on untouched.
+
+    Colour with a network of one channel: RGB is turned into the planes Y, Cb, Cr (BT.601, full
+    range). White noise of deviation s in RGB has there the deviation g s, g = 0.67, 0.62 and 0.66,
+    the norms of the rows of the matrix. Each plane p is given to the network as
+    0.5 + (p - p0) / g, p0 = 0.5 for Y and 0 for Cb and Cr, so that the noise it sees has the
+    deviation s it was trained for, and is scaled back. Grey with a network of three channels: the
+    plane is repeated, and the result averaged.
+
+    network: an `xunit_rs._core.Network`, or any object with `channels` and
+        `denoise(image, tile, threads)`.
+    tile: side in pixels of the tiles a large image is cut into, which bounds memory; 0 = whole
+        image, None = 512 for images above one megapixel, else whole. The result is the same.
+    threads: number of threads; 0 = default.
+    """
+
+    def __init__(self, network: Network, *, tile: int | None = None, threads: int = 0) -> None:
+        self.network = network
+        self.tile = None if tile is None else _count("tile", tile)
+        self.threads = _count("threads", threads)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str] = DEFAULT_MODEL,
+        *,
+        tile: int | None = None,
+        threads: int = 0,
+    ) -> Denoiser:
+        """Load a network by the name of one that comes with the package, or from a file.
+
+        Raises ValueError for an unknown name, a file that is not safetensors or not such a
+        network; FileNotFoundError for a missing file.
+        """
+        path = _find_weights(name_or_path)
+        from ._core import Network as CoreNetwork
+
+        return cls(cast(Network, CoreNetwork.load(str(path))), tile=tile, threads=threads)
+
+    def __call__(
+        self, image: Any, *, tile: int | None = None, threads: int | None = None
+    ) -> Any:
+        """Denoise an array, a PIL image or an image file; see the class. Arguments override it.
+
+        Raises TypeError for a dtype or an object that is no image; ValueError for a shape that is
+        none, for NaN or infinity and for a float image on the 0-255 scale; ImageError (a
+        ValueError) for a file that cannot be read.
+        """
+        tile = self.tile if tile is None else _count("tile", tile)
+        threads = self.threads if threads is None else _count("threads", threads)
+        if isinstance(image, np.ndarray):
+            return self._denoise_array(image, tile, threads)
+        if isinstance(image, Image.Image):
+            return self._denoise_pil(image, tile, threads)
+        if isinstance(image, (str, os.PathLike)):
+            return self._denoise_pil(images.read(image), tile, threads)
+        raise TypeError(
+            "image must be a numpy array, a PIL image or a path, not "
+            f"{type(image).__module__}.{type(image).__qualname__}"
+        )
+
+    def __repr__(self) -> str:
+        architecture = getattr(self.network, "architecture", type(self.network).__name__)
+        return f"Denoiser({architecture}, channels={self.network.channels})"
+
+    def _denoise_pil(self, image: Image.Image, tile: int | None, threads: int) -> Image.Image:
+        loaded = images.load(image)
+        mode, pixels = loaded.mode, np.asarray(loaded)
+        if mode == "I":
+            if pixels.size and (pixels.min() < 0 or pixels.max() > 65535):
+                raise ValueError(
+                    f"an image of mode I must lie in 0..65535, got {pixels.min()}..{pixels.max()}"
+                )
+            clean = self._denoise_array(pixels.astype(np.uint16), tile, threads).astype(np.int32)
+        else:
+            clean = self._denoise_array(pixels, tile, threads)
+        if mode.startswith("I;16"):
+            data = clean.astype(">u2" if mode == "I;16B" else "<u2").tobytes()
+            result = Image.frombytes(mode, loaded.size, data)
+        else:
+            result = Image.fromarray(clean)
+        result.info = {k: v for k, v in loaded.info.items() if k != "transparency"}
+        return result
+
+    def _denoise_array(
+        self, image: npt.NDArray[Any], tile: int | None, threads: int
+    ) -> npt.NDArray[Any]:
+        dtype = _check_array(image)
+        planes = image[:, :, None] if image.ndim == 2 else image
+        count, channels = planes.shape[2], self.network.channels
+        if count == channels:
+            colours = count
+        elif count in (1, 2, 3, 4):
+            colours = 1 if count <= 2 else 3
+        else:
+            raise ValueError(
+                f"image must have 1 to 4 channels (HxW or HxWxC), got shape {image.shape}"
+            )
+        _check_values(planes[:, :, :colours])
+
+        # float64 holds every dtype exactly; the copy settles layout, alignment and byte order.
+        source = np.moveaxis(planes[:, :, :colours], 2, 0).astype(np.float64, order="C")
+        scale = _INTEGER_SCALE.get(dtype)
+        if scale is not None:
+            source /= scale
+        if tile is None:
+            tile = _AUTO_TILE if image.shape[0] * image.shape[1] > _WHOLE_IMAGE_PIXELS else 0
+        clean = self._run(source, tile, threads)
+        if scale is not None:
+            clean = np.rint(np.clip(clean, 0.0, 1.0) * scale)
+
+        result = np.empty(planes.shape, image.dtype)
+        result[:, :, :colours] = np.moveaxis(clean, 0, 2)
+        result[:, :, colours:] = planes[:, :, colours:]
+        return result.reshape(image.shape)
+
+    def _run(
+        self, source: npt.NDArray[np.float64], tile: int, threads: int
+    ) -> npt.NDArray[np.floating[Any]]:
+        """Match the planes of one image, (C,H,W) in [0, 1], to the channels of the network."""
+        channels, colours = self.network.channels, source.shape[0]
+
+        def net(planes: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
+            return self.network.denoise(
+                np.ascontiguousarray(planes, dtype=np.float32), tile, threads
+            )
+
+        if colours == channels:
+            return net(source)
+        if colours == 3 and channels == 1:
+            offset = np.array([0.5, 0.0, 0.0])[:, None, None]
+            gain = _YCC_GAIN[:, None, None]
+            seen = 0.5 + (np.tensordot(_RGB_TO_YCC, source, axes=1) - offset) / gain
+            clean = np.stack([net(plane[None])[0] for plane in seen])
+            return np.tensordot(
+                np.linalg.inv(_RGB_TO_YCC), (clean - 0.5) * gain + offset, axes=1
+            )
+        if colours == 1 and channels == 3:
+            return net(np.repeat(source, 3, axis=0)).mean(axis=0, keepdims=True, dtype=np.float64)
+        raise ValueError(f"a network of {channels} channels cannot denoise {colours} channels")
+
+
+def _find_weights(name_or_path: str | os.PathLike[str]) -> Path:
+    text = os.fspath(name_or_path)
+    path = Path(text)
+    suffix = path.suffix.lower()
+    if suffix in (".pkl", ".pt", ".pth", ".ckpt"):
+        raise ValueError(
+            f"{text}: a PyTorch checkpoint; first run "
+            f"`xunit-rs convert {text} {path.stem}.safetensors`"
+        )
+    if suffix == ".safetensors":
+        if not path.is_file():
+            raise FileNotFoundError(f"{text}: no such file")
+        return path
+    if path.name == text and text in pretrained_names():
+        return _weights_folder() / f"{text}.safetensors"
+    names = ", ".join(pretrained_names()) or "none"
+    raise ValueError(f"unknown model {text!r}: not a .safetensors file nor one of: {names}")
+
+
+def _check_array(image: npt.NDArray[Any]) -> np.dtype[Any]:
+    """Return the native dtype of a supported image; raise for its rank, size or dtype."""
+    if isinstance(image, np.ma.MaskedArray):
+        raise TypeError("masked arrays are not supported: fill the mask first")
+    dtype = image.dtype.newbyteorder("=")
+    if dtype not in _INTEGER_SCALE and dtype not in _FLOATS:
+        raise TypeError(f"image dtype must be uint8, uint16 or float16/32/64, got {image.dtype}")
+    if image.ndim not in (2, 3):
+        raise ValueError(f"image must be HxW or HxWxC, got shape {image.shape}")
+    if image.size == 0:
+        raise ValueError(f"image is empty: shape {image.shape}")
+    return dtype
+
+
+def _check_values(colours: npt.NDArray[Any]) -> None:
+    if colours.dtype.kind != "f":
+        return
+    bad = int(colours.size - np.count_nonzero(np.isfinite(colours)))
+    if bad:
+        raise ValueError(f"image has {bad} non-finite values (NaN or infinity)")
+    low, high = float(colours.min()), float(colours.max())
+    if high > _MAX_FLOAT or low < 1 - _MAX_FLOAT:
+        raise ValueError(
+            f"a float image must be on the scale [0, 1], got values {low:g}..{high:g}: "
+            "divide a 0-255 image by 255"
+        )
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if number < 0:
+        raise ValueError(f"{name} must be 0 or more, got {number}")
+    return number

@@ -1,0 +1,16 @@
+//! Spatial activations (xUnits) and depthwise convolution on the CPU.
+//!
+//! The arrows of this crate run one way: `python` calls [`net`] and [`ops`], which split whole
+//! tensors over planes and threads and call `kernels`; a kernel works on one plane, on one thread,
+//! and is generic over the instruction set that [`simd`] hands it. [`mod@reference`] is the naive
+//! float64 twin that the tests compare everything with.
+
+pub mod kernels;
+//NET
+pub mod ops;
+pub mod parallel;
+#[cfg(feature = "python")]
+mod python;
+//REF
+pub mod shape;
+pub mod simd;

@@ -1,0 +1,90 @@
+//! Whole tensors: checks, scratch, the split over channels, and calls to kernels.
+//!
+//! The task is a channel: all its planes in a fixed order on one thread, so that every sum has one
+//! order whatever the thread count, and the planes of a channel stay in cache from one pass to the
+//! next.
+
+mod depthwise;
+mod xunit;
+
+use std::marker::PhantomData;
+
+pub use depthwise::{DepthwiseGradients, depthwise_backward, depthwise_forward};
+pub use xunit::{
+    Norm, NormStats, Pointwise, Variant, XUnit, XUnitForward, XUnitGradients, xunit_backward,
+    xunit_forward,
+};
+
+use crate::kernels::activation::{Affine, Fill};
+use crate::shape::{Batch, ShapeError, shape_error};
+use crate::simd::{self, Scalar};
+
+/// A tensor that channel tasks write, each its own planes.
+struct Planes<'a, T> {
+    ptr: *mut T,
+    batch: Batch,
+    tensor: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: `plane` hands out disjoint planes to tasks that name different (n, c).
+unsafe impl<T: Send> Sync for Planes<'_, T> {}
+
+impl<'a, T> Planes<'a, T> {
+    fn new(tensor: &'a mut [T], batch: Batch) -> Self {
+        assert_eq!(tensor.len(), batch.size());
+        Self { ptr: tensor.as_mut_ptr(), batch, tensor: PhantomData }
+    }
+
+    /// Plane (n, c).
+    ///
+    /// # Safety
+    /// No other reference to the same plane may live.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn plane(&self, n: usize, c: usize) -> &mut [T] {
+        assert!(n < self.batch.n && c < self.batch.c);
+        let len = self.batch.plane();
+        // SAFETY: the plane is inside the tensor, whose length `new` checks; the caller vouches
+        // for exclusivity.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.ptr.add((n * self.batch.c + c) * len), len)
+        }
+    }
+}
+
+/// Plane (n, c) of a tensor of this shape.
+fn plane<T>(tensor: &[T], batch: Batch, n: usize, c: usize) -> &[T] {
+    &tensor[(n * batch.c + c) * batch.plane()..][..batch.plane()]
+}
+
+/// A zeroed plane with room for padding: only its middle is ever written.
+struct Padded<T> {
+    data: Vec<T>,
+    ld: usize,
+    origin: usize,
+}
+
+impl<T: Scalar> Padded<T> {
+    /// `rows` rows `ld` apart, the plane's first element at (top, left).
+    fn new(rows: usize, ld: usize, top: usize, left: usize) -> Self {
+        Self { data: vec![T::ZERO; rows * ld], ld, origin: top * ld + left }
+    }
+
+    fn fill(&mut self, plane: &[T], width: usize, relu_of: Option<Affine<T>>) {
+        let Self { ref mut data, ld, origin } = *self;
+        simd::dispatch(Fill { plane, width, relu_of, padded: data, ld, origin });
+    }
+}
+
+/// Checks that a tensor has as many elements as its shape says.
+fn expect_len<T>(name: &str, tensor: &[T], len: usize) -> Result<(), ShapeError> {
+    if tensor.len() == len {
+        Ok(())
+    } else {
+        Err(shape_error!("{name} must have {len} elements, got {}", tensor.len()))
+    }
+}
+
+/// The taps turned by 180°: the kernel of the transposed convolution.
+fn turned<T: Copy>(weight: &[T]) -> Vec<T> {
+    weight.iter().rev().copied().collect()
+}

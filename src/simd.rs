@@ -1,0 +1,379 @@
+//! Vectors of `f32` and `f64`, and the choice of the instruction set they run on. The only file
+//! that names the SIMD crate.
+//!
+//! `f32` runs on rten-simd's tokens: zero-sized types that exist only where the CPU has the
+//! instruction set. `f64` serves gradient checks: it is an array of eight lanes that the compiler
+//! vectorises for the same instruction set, because every kernel is inlined into [`dispatch`].
+
+use std::fmt;
+use std::sync::OnceLock;
+
+#[cfg(target_arch = "aarch64")]
+use rten_simd::isa::ArmNeonIsa;
+use rten_simd::isa::GenericIsa;
+#[cfg(target_arch = "x86_64")]
+use rten_simd::isa::{Avx2Isa, Avx512Isa};
+use rten_simd::ops::{BitOps, NumOps};
+use rten_simd::{Isa as RtenIsa, SimdUnaryOp};
+
+/// An instruction set that the kernels can run on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    /// No SIMD instructions named: what the compiler's baseline has.
+    Portable,
+    /// 128-bit Arm vectors.
+    Neon,
+    /// 256-bit x86 vectors with fused multiply-add.
+    Avx2,
+    /// 512-bit x86 vectors.
+    Avx512,
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Isa::Portable => "portable",
+            Isa::Neon => "neon",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+        })
+    }
+}
+
+/// The instruction sets of this machine, the best one first.
+pub fn available() -> Vec<Isa> {
+    let mut isas = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    {
+        if Avx512Isa::new().is_some() {
+            isas.push(Isa::Avx512);
+        }
+        if Avx2Isa::new().is_some() {
+            isas.push(Isa::Avx2);
+        }
+    }
+    #[cfg(target_arch = "aarch64")]
+    if ArmNeonIsa::new().is_some() {
+        isas.push(Isa::Neon);
+    }
+    isas.push(Isa::Portable);
+    isas
+}
+
+/// The instruction set in use: the one that `XUNIT_ISA` names (`portable`, `neon`, `avx2` or
+/// `avx512`) if the machine has it, else the best one. Read once.
+pub fn selected() -> Isa {
+    static ISA: OnceLock<Isa> = OnceLock::new();
+    *ISA.get_or_init(|| {
+        let isas = available();
+        let name = std::env::var("XUNIT_ISA").unwrap_or_default();
+        let wanted = isas.iter().find(|isa| isa.to_string() == name.trim().to_lowercase());
+        *wanted.unwrap_or(&isas[0])
+    })
+}
+
+/// A floating-point type that the kernels compute in.
+pub trait Scalar: Copy + Send + Sync + PartialOrd + Default + fmt::Debug + 'static {
+    const ZERO: Self;
+    const ONE: Self;
+    fn from_f64(x: f64) -> Self;
+    fn to_f64(self) -> f64;
+    /// `self · a + b`, rounded once or twice.
+    fn fma(self, a: Self, b: Self) -> Self;
+    /// Runs `kernel` with the vectors of `isa`; with the portable ones if the machine lacks it.
+    fn dispatch<K: Kernel<Self>>(isa: Isa, kernel: K) -> K::Output;
+    /// c = alpha · a · b + beta · c, row- and column-strided as in BLAS, on this thread.
+    ///
+    /// # Safety
+    /// The pointers must be valid for the matrices that sizes and strides describe, and `c` must
+    /// not overlap `a` or `b`.
+    unsafe fn gemm(m: usize, k: usize, n: usize, a: Matrix<Self>, b: Matrix<Self>, beta: Self, c: MatrixMut<Self>);
+}
+
+/// A matrix operand: pointer, row stride, column stride.
+pub type Matrix<T> = (*const T, isize, isize);
+/// A matrix result: pointer, row stride, column stride.
+pub type MatrixMut<T> = (*mut T, isize, isize);
+
+/// Work that is generic over the vectors it runs on.
+pub trait Kernel<T: Scalar> {
+    type Output;
+    /// Must be `#[inline(always)]`, with all that it calls, or it is compiled for the baseline.
+    fn run<S: Simd<T>>(self, simd: S) -> Self::Output;
+}
+
+/// Vector operations of one instruction set on elements of type `T`.
+pub trait Simd<T: Scalar>: Copy {
+    type V: Copy;
+    /// Column vectors and rows of the convolution's register tile.
+    ///
+    /// 32 vector registers (AVX-512, NEON) hold 4 × 4 accumulators with their operands, 16 hold
+    /// 4 × 2.
+    const TILE_VECTORS: usize;
+    /// Lanes of a vector.
+    fn len(self) -> usize;
+    fn splat(self, x: T) -> Self::V;
+    /// # Safety
+    /// `ptr` must be valid for reading `len` elements.
+    unsafe fn load(self, ptr: *const T) -> Self::V;
+    /// The first `n` elements, then zeros.
+    ///
+    /// # Safety
+    /// `ptr` must be valid for reading `n` ≤ `len` elements.
+    unsafe fn load_first(self, ptr: *const T, n: usize) -> Self::V;
+    /// # Safety
+    /// `ptr` must be valid for writing `len` elements.
+    unsafe fn store(self, x: Self::V, ptr: *mut T);
+    /// # Safety
+    /// `ptr` must be valid for writing `n` ≤ `len` elements.
+    unsafe fn store_first(self, x: Self::V, ptr: *mut T, n: usize);
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// a · b + c
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `then` where u ≤ 0, else (NaN too) `other`.
+    fn select_le_zero(self, u: Self::V, then: Self::V, other: Self::V) -> Self::V;
+    fn sum(self, x: Self::V) -> T;
+    fn exp(self, x: Self::V) -> Self::V;
+    fn sigmoid(self, x: Self::V) -> Self::V;
+}
+
+/// `f32` vectors of an rten-simd instruction set.
+#[derive(Clone, Copy)]
+struct F32<I, const TILE_VECTORS: usize>(I);
+
+impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
+    type V = I::F32;
+    const TILE_VECTORS: usize = TILE_VECTORS;
+
+    #[inline(always)]
+    fn len(self) -> usize {
+        self.0.f32().len()
+    }
+    #[inline(always)]
+    fn splat(self, x: f32) -> I::F32 {
+        self.0.f32().splat(x)
+    }
+    #[inline(always)]
+    unsafe fn load(self, ptr: *const f32) -> I::F32 {
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.0.f32().load_ptr(ptr) }
+    }
+    #[inline(always)]
+    unsafe fn load_first(self, ptr: *const f32, n: usize) -> I::F32 {
+        let ops = self.0.f32();
+        // SAFETY: the mask is set for the first `n` lanes alone, which the caller vouches for.
+        unsafe { ops.load_ptr_mask(ptr, ops.first_n_mask(n)) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, x: I::F32, ptr: *mut f32) {
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.0.f32().store_ptr(x, ptr) }
+    }
+    #[inline(always)]
+    unsafe fn store_first(self, x: I::F32, ptr: *mut f32, n: usize) {
+        let ops = self.0.f32();
+        // SAFETY: the mask is set for the first `n` lanes alone, which the caller vouches for.
+        unsafe { ops.store_ptr_mask(x, ptr, ops.first_n_mask(n)) }
+    }
+    #[inline(always)]
+    fn add(self, a: I::F32, b: I::F32) -> I::F32 {
+        self.0.f32().add(a, b)
+    }
+    #[inline(always)]
+    fn sub(self, a: I::F32, b: I::F32) -> I::F32 {
+        self.0.f32().sub(a, b)
+    }
+    #[inline(always)]
+    fn mul(self, a: I::F32, b: I::F32) -> I::F32 {
+        self.0.f32().mul(a, b)
+    }
+    #[inline(always)]
+    fn fma(self, a: I::F32, b: I::F32, c: I::F32) -> I::F32 {
+        self.0.f32().mul_add(a, b, c)
+    }
+    #[inline(always)]
+    fn select_le_zero(self, u: I::F32, then: I::F32, other: I::F32) -> I::F32 {
+        let ops = self.0.f32();
+        ops.select(then, other, ops.le(u, ops.zero()))
+    }
+    #[inline(always)]
+    fn sum(self, x: I::F32) -> f32 {
+        self.0.f32().sum(x)
+    }
+    #[inline(always)]
+    fn exp(self, x: I::F32) -> I::F32 {
+        rten_vecmath::Exp::default().eval(self.0, x)
+    }
+    #[inline(always)]
+    fn sigmoid(self, x: I::F32) -> I::F32 {
+        rten_vecmath::Sigmoid::default().eval(self.0, x)
+    }
+}
+
+const F64_LANES: usize = 8;
+
+/// `f64` vectors: eight lanes that the compiler maps onto the registers there are.
+#[derive(Clone, Copy)]
+struct F64;
+
+#[inline(always)]
+fn lanes(f: impl Fn(usize) -> f64) -> [f64; F64_LANES] {
+    [f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)]
+}
+
+impl Simd<f64> for F64 {
+    type V = [f64; F64_LANES];
+    const TILE_VECTORS: usize = 2;
+
+    #[inline(always)]
+    fn len(self) -> usize {
+        F64_LANES
+    }
+    #[inline(always)]
+    fn splat(self, x: f64) -> Self::V {
+        [x; F64_LANES]
+    }
+    #[inline(always)]
+    unsafe fn load(self, ptr: *const f64) -> Self::V {
+        // SAFETY: the caller vouches for eight readable elements.
+        unsafe { ptr.cast::<Self::V>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn load_first(self, ptr: *const f64, n: usize) -> Self::V {
+        let mut x = [0.0; F64_LANES];
+        // SAFETY: the caller vouches for `n` readable elements; `n` ≤ 8.
+        unsafe { std::ptr::copy_nonoverlapping(ptr, x.as_mut_ptr(), n) };
+        x
+    }
+    #[inline(always)]
+    unsafe fn store(self, x: Self::V, ptr: *mut f64) {
+        // SAFETY: the caller vouches for eight writable elements.
+        unsafe { ptr.cast::<Self::V>().write_unaligned(x) }
+    }
+    #[inline(always)]
+    unsafe fn store_first(self, x: Self::V, ptr: *mut f64, n: usize) {
+        // SAFETY: the caller vouches for `n` writable elements; `n` ≤ 8.
+        unsafe { std::ptr::copy_nonoverlapping(x.as_ptr(), ptr, n) }
+    }
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        lanes(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        lanes(|i| a[i] - b[i])
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        lanes(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        lanes(|i| a[i] * b[i] + c[i])
+    }
+    #[inline(always)]
+    fn select_le_zero(self, u: Self::V, then: Self::V, other: Self::V) -> Self::V {
+        lanes(|i| if u[i] <= 0.0 { then[i] } else { other[i] })
+    }
+    #[inline(always)]
+    fn sum(self, x: Self::V) -> f64 {
+        ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]))
+    }
+    #[inline(always)]
+    fn exp(self, x: Self::V) -> Self::V {
+        lanes(|i| x[i].exp())
+    }
+    #[inline(always)]
+    fn sigmoid(self, x: Self::V) -> Self::V {
+        lanes(|i| 1.0 / (1.0 + (-x[i]).exp()))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")]
+fn on_avx512<T: Scalar, K: Kernel<T>>(simd: impl Simd<T>, kernel: K) -> K::Output {
+    kernel.run(simd)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn on_avx2<T: Scalar, K: Kernel<T>>(simd: impl Simd<T>, kernel: K) -> K::Output {
+    kernel.run(simd)
+}
+
+macro_rules! scalar {
+    ($type:ty, $gemm:path, |$isa:ident, $tile:ident| $simd:expr) => {
+        impl Scalar for $type {
+            const ZERO: Self = 0.0;
+            const ONE: Self = 1.0;
+            #[inline(always)]
+            fn from_f64(x: f64) -> Self {
+                x as $type
+            }
+            #[inline(always)]
+            fn to_f64(self) -> f64 {
+                f64::from(self)
+            }
+            #[inline(always)]
+            fn fma(self, a: Self, b: Self) -> Self {
+                self * a + b
+            }
+            fn dispatch<K: Kernel<Self>>(isa: Isa, kernel: K) -> K::Output {
+                #[cfg(target_arch = "x86_64")]
+                {
+                    if isa == Isa::Avx512
+                        && let Some($isa) = Avx512Isa::new()
+                    {
+                        const $tile: usize = 4;
+                        // SAFETY: the token proves that the CPU has these features.
+                        return unsafe { on_avx512($simd, kernel) };
+                    }
+                    if isa == Isa::Avx2
+                        && let Some($isa) = Avx2Isa::new()
+                    {
+                        const $tile: usize = 2;
+                        // SAFETY: the token proves that the CPU has these features.
+                        return unsafe { on_avx2($simd, kernel) };
+                    }
+                }
+                #[cfg(target_arch = "aarch64")]
+                if isa == Isa::Neon
+                    && let Some($isa) = ArmNeonIsa::new()
+                {
+                    const $tile: usize = 4;
+                    return kernel.run($simd);
+                }
+                let $isa = GenericIsa::new();
+                const $tile: usize = 2;
+                let _ = isa;
+                kernel.run($simd)
+            }
+            unsafe fn gemm(
+                m: usize,
+                k: usize,
+                n: usize,
+                a: Matrix<Self>,
+                b: Matrix<Self>,
+                beta: Self,
+                c: MatrixMut<Self>,
+            ) {
+                // SAFETY: the caller vouches for the matrices.
+                unsafe { $gemm(m, k, n, 1.0, a.0, a.1, a.2, b.0, b.1, b.2, beta, c.0, c.1, c.2) }
+            }
+        }
+    };
+}
+
+scalar!(f32, matrixmultiply::sgemm, |isa, TILE| F32::<_, TILE>(isa));
+scalar!(f64, matrixmultiply::dgemm, |isa, TILE| {
+    let _ = (isa, TILE);
+    F64
+});
+
+/// Runs `kernel` on the [`selected`] instruction set.
+#[inline]
+pub fn dispatch<T: Scalar, K: Kernel<T>>(kernel: K) -> K::Output {
+    T::dispatch(selected(), kernel)
+}
