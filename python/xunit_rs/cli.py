@@ -137,6 +137,8 @@ def _natural(text: str) -> int:
 def _denoise(args: argparse.Namespace) -> int:
     jobs, existing = _jobs(args.input, args.output, args.overwrite)
     denoiser = Denoiser.from_pretrained(args.model, tile=args.tile, threads=args.threads)
+    if args.input.is_dir() and jobs:
+        jobs[0][1].parent.mkdir(parents=True, exist_ok=True)
     failures = 0
     with _Progress(len(jobs), quiet=args.quiet) as progress:
         for source, target in jobs:
@@ -177,7 +179,7 @@ def _jobs(
     source = Path(os.path.normpath(source))
     if target is None:
         whole = source.resolve()  # gives "." and ".." a name
-        target = (source if source.name not in ("", "..") else whole)
+        target = source if source.name not in ("", "..") else whole
         target = target.with_name(f"{whole.name}-denoised")
     if target.exists() and not target.is_dir():
         raise images.ImageError(f"{target}: is a file; the result of a folder is a folder")
@@ -188,7 +190,6 @@ def _jobs(
         raise images.ImageError(f"{source}: no images in this folder")
     jobs = [(path, target / _result_name(path)) for path in names]
     todo = [job for job in jobs if overwrite or not job[1].exists()]
-    target.mkdir(parents=True, exist_ok=True)
     return todo, len(jobs) - len(todo)
 
 
@@ -228,12 +229,15 @@ def _evaluate(args: argparse.Namespace) -> int:
     else:
         for key, value in result.items():
             if not isinstance(value, (dict, list)):
-                print(f"{key:<10} {value:.3f}" if isinstance(value, float) else f"{key:<10} {value}")
+                print(
+                    f"{key:<10} {value:.3f}" if isinstance(value, float) else f"{key:<10} {value}"
+                )
     return 0
 
 
 def _info(args: argparse.Namespace) -> int:
-    from .info import info
+    # From the package: importing the module first would hide the function of the same name there.
+    from . import info
 
     print(info())
     return 0
@@ -284,7 +288,9 @@ class _Progress:
             bar = "#" * filled + "." * (20 - filled)
             print(
                 f"\r\x1b[K[{bar}] {self.done}/{self.total} {name[:40]}",
-                end="", file=self.stream, flush=True,
+                end="",
+                file=self.stream,
+                flush=True,
             )
         self.done += 1
 

@@ -111,9 +111,7 @@ class Denoiser:
 
         return cls(cast(Network, CoreNetwork.load(str(path))), tile=tile, threads=threads)
 
-    def __call__(
-        self, image: Any, *, tile: int | None = None, threads: int | None = None
-    ) -> Any:
+    def __call__(self, image: Any, *, tile: int | None = None, threads: int | None = None) -> Any:
         """Denoise an array, a PIL image or an image file; see the class. Arguments override it.
 
         Raises TypeError for a dtype or an object that is no image; ValueError for a shape that is
@@ -206,9 +204,7 @@ class Denoiser:
             gain = _YCC_GAIN[:, None, None]
             seen = 0.5 + (np.tensordot(_RGB_TO_YCC, source, axes=1) - offset) / gain
             clean = np.stack([net(plane[None])[0] for plane in seen])
-            return np.tensordot(
-                np.linalg.inv(_RGB_TO_YCC), (clean - 0.5) * gain + offset, axes=1
-            )
+            return np.tensordot(np.linalg.inv(_RGB_TO_YCC), (clean - 0.5) * gain + offset, axes=1)
         if colours == 1 and channels == 3:
             return net(np.repeat(source, 3, axis=0)).mean(axis=0, keepdims=True, dtype=np.float64)
         raise ValueError(f"a network of {channels} channels cannot denoise {colours} channels")

@@ -148,9 +148,7 @@ def check_target(
     return file_format
 
 
-def write(
-    image: Image.Image, path: str | os.PathLike[str], *, overwrite: bool = False
-) -> None:
+def write(image: Image.Image, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write an image, with the EXIF, ICC profile and DPI in `image.info`, in one atomic step.
 
     The file appears under its name only when complete: it is written under a temporary name in

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xunit_rs import cli
+from xunit_rs.denoise import Denoiser
+
+
+class Darker:
+    channels = 1
+
+    def denoise(self, image: Any, tile: int, threads: int) -> Any:
+        return image * np.float32(0.5)
+
+
+@pytest.fixture(autouse=True)
+def fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Denoiser.from_pretrained
+
+    def from_pretrained(name: Any, **options: Any) -> Denoiser:
+        return Denoiser(Darker(), **options) if name == "fake" else real(name, **options)
+
+    monkeypatch.setattr(Denoiser, "from_pretrained", from_pretrained)
+
+
+def save(path: Path, mode: str = "L", value: int = 200) -> Path:
+    Image.new(mode, (8, 6), value if mode == "L" else (value,) * len(mode)).save(path)
+    return path
+
+
+def denoise(*args: Any) -> int:
+    return cli.main(["denoise", *map(str, args), "--model", "fake"])
+
+
+def one_line(text: str) -> str:
+    assert text.count("\n") == 1 and "Traceback" not in text, text
+    return text.strip()
+
+
+def test_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save(tmp_path / "a.b.png")
+    assert denoise(source) == 0
+    target = tmp_path / "a.b-denoised.png"
+    assert capsys.readouterr() == (f"{target}\n", "")
+    with Image.open(target) as image:
+        assert image.mode == "L" and image.getextrema() == (100, 100)
+    assert denoise(source, tmp_path / "b.jpg", "-q", "--tile", 4, "--threads", 1) == 0
+    assert capsys.readouterr() == ("", "")
+    (tmp_path / "out").mkdir()
+    assert denoise(source, tmp_path / "out") == 0
+    assert (tmp_path / "out" / "a.b.png").exists()
+
+
+def test_nothing_is_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save(tmp_path / "a.png")
+    before = source.read_bytes()
+    for target in (source, save(tmp_path / "a-denoised.png")):
+        old = target.read_bytes()
+        assert denoise(source, target) == 1
+        assert "already exists" in one_line(capsys.readouterr().err)
+        assert target.read_bytes() == old
+    assert denoise(source, "--overwrite") == 0
+    assert source.read_bytes() == before
+    assert denoise(source, source, "--overwrite") == 0
+    assert source.read_bytes() != before
+
+
+def test_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    save(folder / "a.png")
+    save(folder / "b.jpg", "RGB")
+    save(folder / "c.gif")
+    (folder / "notes.txt").write_text("no image")
+    (folder / "d.png").write_text("broken")
+    assert denoise(folder) == 1
+    assert "d.png" in one_line(capsys.readouterr().err)
+    results = tmp_path / "photos-denoised"
+    assert sorted(p.name for p in results.iterdir()) == ["a.png", "b.jpg", "c.gif.png"]
+    (folder / "d.png").unlink()
+    (results / "b.jpg").unlink()
+    assert denoise(f"{folder}/") == 0  # goes on where it stopped
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [str(results / "b.jpg")]
+    assert "2 results exist already" in one_line(err)
+    assert denoise(folder, folder) == 1
+    assert "is the input" in one_line(capsys.readouterr().err)
+
+
+def test_a_folder_named_by_a_dot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "photos"
+    (folder / "inner").mkdir(parents=True)
+    save(folder / "a.png")
+    for place, name in ((folder, "."), (folder / "inner", "..")):
+        monkeypatch.chdir(place)
+        assert denoise(name) == 0
+        assert (tmp_path / "photos-denoised" / "a.png").exists()
+        shutil.rmtree(tmp_path / "photos-denoised")
+
+
+def test_failures_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save(tmp_path / "a.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("no image")
+    for args, reason in [
+        ((tmp_path / "none.png",), "no such file"),
+        ((tmp_path / "text.png",), "not an image"),
+        ((tmp_path / "empty",), "no images"),
+        ((source, tmp_path / "none" / "b.png"), "no such folder"),
+        ((source, tmp_path / "b.txt"), "suffix"),
+        ((save(tmp_path / "alpha.png", "RGBA"), tmp_path / "b.jpg"), "JPEG cannot store"),
+        ((tmp_path / "empty", source), "is a file"),
+    ]:
+        assert denoise(*args) == 1, reason
+        message = one_line(capsys.readouterr().err)
+        assert message.startswith("xunit-rs: error: ") and reason in message
+    assert cli.main(["denoise", str(source), "--model", "a.pkl"]) == 1
+    assert "xunit-rs convert" in one_line(capsys.readouterr().err)
+    assert not (tmp_path / "empty-denoised").exists()
+
+
+def test_wrong_usage_is_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for args in ([], ["nothing"], ["denoise"], ["denoise", "a", "--tile", "-1"], ["train"]):
+        assert cli.main(args) == 2
+        assert "usage" in capsys.readouterr().err
+    assert cli.main(["--version"]) == 0
+    for name in ("denoise", "convert", "train", "eval", "info"):
+        assert cli.main([name, "--help"]) == 0
+
+
+def test_interrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Darker, "denoise", interrupt)
+    assert denoise(save(tmp_path / "a.png")) == 130
+    assert "interrupted" in one_line(capsys.readouterr().err)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    class Terminal:
+        text = ""
+
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> None:
+            self.text += text
+
+        def flush(self) -> None:
+            pass
+
+    terminal: Any = Terminal()
+    with cli._Progress(2, quiet=False, stream=terminal) as progress:
+        progress.start("a.png")
+        progress.say("a.png")
+        progress.start("b.png")
+    assert "0/2 a.png" in terminal.text and "[##########..........] 1/2 b.png" in terminal.text
+    assert capsys.readouterr().out == "a.png\n"
+
+
+def module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
+    import xunit_rs
+
+    fake = types.ModuleType(f"xunit_rs.{name}")
+    fake.__dict__.update(members)
+    monkeypatch.setitem(sys.modules, f"xunit_rs.{name}", fake)
+    monkeypatch.setattr(xunit_rs, name, fake, raising=False)
+
+
+def test_train_passes_only_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    module(monkeypatch, "training", train=lambda *a, **k: calls.append((a, k)))
+    assert cli.main(["train", "--data", "d", "--out", "o"]) == 0
+    assert cli.main("train --data d --out o --steps 5 --patch-size 32 --resume".split()) == 0
+    assert calls[0] == ((Path("d"), Path("o")), {})
+    assert calls[1] == (
+        (Path("d"), Path("o")),
+        {"steps": 5, "patch_size": 32, "resume": True},
+    )
+
+
+def test_convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[Any] = []
+    module(monkeypatch, "checkpoints", convert=lambda *a: calls.append(a))
+    assert cli.main(["convert", "a.pkl", "b.safetensors"]) == 0
+    assert calls == [(Path("a.pkl"), Path("b.safetensors"))]
+
+
+def test_commands_that_need_torch_say_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(*_: Any, **__: Any) -> None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    module(monkeypatch, "training", train=train)
+    assert cli.main(["train", "--data", "d", "--out", "o"]) == 1
+    assert "pip install 'xunit-rs[torch]'" in one_line(capsys.readouterr().err)
+
+
+def test_eval_prints_a_table_or_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def evaluate(denoiser: Any, folder: Any, sigma: float, protocol: str) -> Any:
+        return {"psnr": np.float64(29.25), "images": [{"name": "a"}], "sigma": sigma}
+
+    module(monkeypatch, "evaluation", evaluate=evaluate)
+    assert cli.main(["eval", "--data", "d", "--model", "fake"]) == 0
+    assert "29.250" in capsys.readouterr().out
+    assert cli.main(["eval", "--data", "d", "--model", "fake", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["psnr"] == 29.25
+
+
+def test_as_a_module(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "xunit_rs", "denoise", str(tmp_path / "none.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "none.png" in one_line(done.stderr)
