@@ -78,8 +78,10 @@ pub struct Conv {
 impl Conv {
     /// Stride 1, dilation 1, output of the input's size: k odd.
     pub fn same(k: usize) -> Result<Self, ShapeError> {
-        if k % 2 == 0 {
-            return Err(shape_error!("kernel size must be odd for an output of the same size, got {k}"));
+        if k.is_multiple_of(2) {
+            return Err(shape_error!(
+                "kernel size must be odd for an output of the same size, got {k}"
+            ));
         }
         Ok(Self { kh: k, kw: k, stride: [1, 1], padding: [k / 2; 4], dilation: [1, 1] })
     }
@@ -165,8 +167,7 @@ mod tests {
     #[test]
     fn output_extents_follow_the_formula_of_conv2d() {
         let input = Batch::new(&[1, 1, 11, 14]).unwrap();
-        let conv =
-            Conv { kh: 3, kw: 4, stride: [2, 3], padding: [1, 0, 2, 1], dilation: [2, 1] };
+        let conv = Conv { kh: 3, kw: 4, stride: [2, 3], padding: [1, 0, 2, 1], dilation: [2, 1] };
         let geometry = Geometry::new(input, conv).unwrap();
         assert_eq!((geometry.oh, geometry.ow), (4, 5));
     }

@@ -87,7 +87,15 @@ pub trait Scalar: Copy + Send + Sync + PartialOrd + Default + fmt::Debug + 'stat
     /// # Safety
     /// The pointers must be valid for the matrices that sizes and strides describe, and `c` must
     /// not overlap `a` or `b`.
-    unsafe fn gemm(m: usize, k: usize, n: usize, a: Matrix<Self>, b: Matrix<Self>, beta: Self, c: MatrixMut<Self>);
+    unsafe fn gemm(
+        m: usize,
+        k: usize,
+        n: usize,
+        a: Matrix<Self>,
+        b: Matrix<Self>,
+        beta: Self,
+        c: MatrixMut<Self>,
+    );
 }
 
 /// A matrix operand: pointer, row stride, column stride.
@@ -111,21 +119,21 @@ pub trait Simd<T: Scalar>: Copy {
     /// 4 × 2.
     const TILE_VECTORS: usize;
     /// Lanes of a vector.
-    fn len(self) -> usize;
+    fn lanes(self) -> usize;
     fn splat(self, x: T) -> Self::V;
     /// # Safety
-    /// `ptr` must be valid for reading `len` elements.
+    /// `ptr` must be valid for reading `lanes` elements.
     unsafe fn load(self, ptr: *const T) -> Self::V;
     /// The first `n` elements, then zeros.
     ///
     /// # Safety
-    /// `ptr` must be valid for reading `n` ≤ `len` elements.
+    /// `ptr` must be valid for reading `n` ≤ `lanes` elements.
     unsafe fn load_first(self, ptr: *const T, n: usize) -> Self::V;
     /// # Safety
-    /// `ptr` must be valid for writing `len` elements.
+    /// `ptr` must be valid for writing `lanes` elements.
     unsafe fn store(self, x: Self::V, ptr: *mut T);
     /// # Safety
-    /// `ptr` must be valid for writing `n` ≤ `len` elements.
+    /// `ptr` must be valid for writing `n` ≤ `lanes` elements.
     unsafe fn store_first(self, x: Self::V, ptr: *mut T, n: usize);
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;
@@ -148,7 +156,7 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
     const TILE_VECTORS: usize = TILE_VECTORS;
 
     #[inline(always)]
-    fn len(self) -> usize {
+    fn lanes(self) -> usize {
         self.0.f32().len()
     }
     #[inline(always)]
@@ -228,7 +236,7 @@ impl Simd<f64> for F64 {
     const TILE_VECTORS: usize = 2;
 
     #[inline(always)]
-    fn len(self) -> usize {
+    fn lanes(self) -> usize {
         F64_LANES
     }
     #[inline(always)]

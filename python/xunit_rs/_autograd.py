@@ -496,7 +496,13 @@ def _update_running(bn: BatchNormState, stats: tuple[Tensor, Tensor], values: in
 
 def _must_replay(grad: Tensor) -> bool:
     """Whether backward itself is differentiated (create_graph), vmapped or traced."""
-    return torch.is_grad_enabled() or _mode() is not None or _not_plain(grad) is not None
+    return (
+        torch.is_grad_enabled()
+        or _mode() is not None
+        or _not_plain(grad) is not None
+        # The vmap behind is_grads_batched shows in no mode, only on its tensors.
+        or not torch._C._has_storage(grad)
+    )
 
 
 def _replay(

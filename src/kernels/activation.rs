@@ -69,7 +69,7 @@ const BLOCK: usize = 32;
 /// `$n` the elements it holds; `$flush` after every [`BLOCK`] vectors and at the end.
 macro_rules! each_vector {
     ($simd:ident, $len:expr, |$at:ident, $n:ident| $body:block, $flush:block) => {{
-        let (len, lanes) = ($len, $simd.len());
+        let (len, lanes) = ($len, $simd.lanes());
         let mut $at = 0;
         while $at < len {
             let end = len.min($at + BLOCK * lanes);
@@ -93,7 +93,7 @@ fn load<T: Scalar, S: Simd<T>>(simd: S, slice: &[T], at: usize, n: usize) -> S::
     // SAFETY: `each_vector` stays below the length that `run` asserts of every slice.
     unsafe {
         let ptr = slice.as_ptr().add(at);
-        if n == simd.len() { simd.load(ptr) } else { simd.load_first(ptr, n) }
+        if n == simd.lanes() { simd.load(ptr) } else { simd.load_first(ptr, n) }
     }
 }
 
@@ -104,14 +104,14 @@ fn store<T: Scalar, S: Simd<T>>(simd: S, v: S::V, slice: &mut [T], at: usize, n:
     // SAFETY: `each_vector` stays below the length that `run` asserts of every slice.
     unsafe {
         let ptr = slice.as_mut_ptr().add(at);
-        if n == simd.len() { simd.store(v, ptr) } else { simd.store_first(v, ptr, n) }
+        if n == simd.lanes() { simd.store(v, ptr) } else { simd.store_first(v, ptr, n) }
     }
 }
 
 /// `v` with zeros from lane `n` on.
 #[inline(always)]
 fn keep<T: Scalar, S: Simd<T>>(simd: S, v: S::V, n: usize) -> S::V {
-    if n == simd.len() {
+    if n == simd.lanes() {
         return v;
     }
     let mut lanes = [T::ZERO; super::MAX_LANES];

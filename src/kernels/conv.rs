@@ -53,7 +53,7 @@ fn forward<T: Scalar, S: Simd<T>, const K: usize>(simd: S, job: Forward<'_, T>) 
     let ld = row_stride(ow, kw);
     assert!(job.input.len() >= (oh + kh - 1) * ld && job.weight.len() == kh * kw);
     assert!(job.out.len() == oh * ow);
-    let lanes = simd.len();
+    let lanes = simd.lanes();
     let mut y = 0;
     while y < oh {
         // The four-row tile ramps in and out over three rows, which takes three rows of taps.
@@ -129,13 +129,13 @@ impl<T: Scalar, const K: usize> Tile<T, K> {
             unsafe {
                 let input = self.input.add(row * self.ld + j);
                 let mut v = [simd.splat(T::ZERO); C];
-                for c in 0..C {
-                    v[c] = simd.load(input.add(c * simd.len()));
+                for (c, v) in v.iter_mut().enumerate() {
+                    *v = simd.load(input.add(c * simd.lanes()));
                 }
-                for r in LOW..HIGH {
+                for (r, acc) in acc.iter_mut().enumerate().take(HIGH).skip(LOW) {
                     let w = simd.splat(*self.weight.add((row - r) * kw + j));
-                    for c in 0..C {
-                        acc[r][c] = simd.fma(w, v[c], acc[r][c]);
+                    for (acc, &v) in acc.iter_mut().zip(&v) {
+                        *acc = simd.fma(w, v, *acc);
                     }
                 }
             }
@@ -154,7 +154,7 @@ impl<T: Scalar, const K: usize> Tile<T, K> {
             for (c, &v) in acc.iter().enumerate() {
                 // SAFETY: `forward` proves that the tile's outputs are writable.
                 unsafe {
-                    let out = self.out.add(r * self.ow + c * simd.len());
+                    let out = self.out.add(r * self.ow + c * simd.lanes());
                     if C == 1 {
                         simd.store_first(v, out, self.first);
                     } else {
@@ -281,7 +281,7 @@ impl<T: Scalar> WeightGradient<'_, T> {
         j: usize,
         ld: usize,
     ) {
-        let (ow, lanes) = (self.out.1, simd.len());
+        let (ow, lanes) = (self.out.1, simd.lanes());
         let mut acc = [[simd.splat(T::ZERO); J]; I];
         for y in rows {
             // SAFETY: `run` proves the rows and columns; a partial vector reads only its elements,

@@ -159,7 +159,12 @@ impl<'a, T: Scalar> InputGradient<'a, T> {
             simd::dispatch(conv::Forward { input, weight, bias, out: padded, kernel, ow: pw });
         } else {
             padded.fill(T::ZERO);
-            simd::dispatch(general::InputGradient { geometry: self.geometry, grad, weight, padded });
+            simd::dispatch(general::InputGradient {
+                geometry: self.geometry,
+                grad,
+                weight,
+                padded,
+            });
         }
         let rows = self.whole[conv.padding[0] * pw..].chunks_exact(pw);
         for (out, row) in out.chunks_exact_mut(input.w).zip(rows) {

@@ -45,9 +45,7 @@ impl<'a, T> Planes<'a, T> {
         let len = self.batch.plane();
         // SAFETY: the plane is inside the tensor, whose length `new` checks; the caller vouches
         // for exclusivity.
-        unsafe {
-            std::slice::from_raw_parts_mut(self.ptr.add((n * self.batch.c + c) * len), len)
-        }
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.add((n * self.batch.c + c) * len), len) }
     }
 }
 

@@ -282,7 +282,9 @@ pub fn xunit_backward<T: Scalar>(
         expect_len("p", p, batch.size())?;
     }
     if unit.pointwise.is_some() != p.is_some() {
-        return Err(shape_error!("p, the pointwise output, is for the dense unit and needed there"));
+        return Err(shape_error!(
+            "p, the pointwise output, is for the dense unit and needed there"
+        ));
     }
     for norm in [&unit.norm1, &unit.norm2].into_iter().flatten() {
         if norm.stats.is_none() {
@@ -366,8 +368,7 @@ pub fn xunit_backward<T: Scalar>(
             if relu_of.is_some() {
                 let x = plane(u, batch, n, c);
                 let (affine, moments) = (first.affine, first.moments);
-                let (bias, scale) =
-                    simd::dispatch(ReluGradient { x, affine, moments, grad: gu });
+                let (bias, scale) = simd::dispatch(ReluGradient { x, affine, moments, grad: gu });
                 sum[2] += bias;
                 sum[1] += scale;
             }
@@ -473,11 +474,15 @@ fn pointwise_forward<T: Scalar>(
         // SAFETY: a is C × C by `check`, b and c are C × HW, an image each.
         unsafe {
             let (rows, columns) = (c as isize, hw as isize);
-            T::gemm(c, c, hw, (a.as_ptr(), rows, 1), (b.as_ptr(), columns, 1), T::ONE, (
-                out.as_mut_ptr(),
-                columns,
-                1,
-            ));
+            T::gemm(
+                c,
+                c,
+                hw,
+                (a.as_ptr(), rows, 1),
+                (b.as_ptr(), columns, 1),
+                T::ONE,
+                (out.as_mut_ptr(), columns, 1),
+            );
         }
     });
     p

@@ -83,17 +83,11 @@ fn backward<'py, T: Number>(
     let geometry = geometry(&x, &weight, stride, padding, dilation)?;
     grad.expect_shape("grad", &geometry.output().dims())?;
     let (grad, x_data, weight_data) = (grad.slice()?, x.slice()?, weight.slice()?);
-    let g = py.detach(|| {
-        ops::depthwise_backward(&geometry, grad, x_data, weight_data, needs, threads)
-    })?;
-    let give = |data: Option<Vec<T>>, shape: &[usize]| {
-        data.map(|data| array(py, data, shape)).transpose()
-    };
-    Ok((
-        give(g.x, x.shape())?,
-        give(g.weight, weight.shape())?,
-        give(g.bias, &[geometry.input.c])?,
-    ))
+    let g = py
+        .detach(|| ops::depthwise_backward(&geometry, grad, x_data, weight_data, needs, threads))?;
+    let give =
+        |data: Option<Vec<T>>, shape: &[usize]| data.map(|data| array(py, data, shape)).transpose();
+    Ok((give(g.x, x.shape())?, give(g.weight, weight.shape())?, give(g.bias, &[geometry.input.c])?))
 }
 
 /// Checks weight's shape against x and resolves the geometry.

@@ -47,7 +47,9 @@ struct NormInput<'py, T: Number> {
 
 impl<'py, T: Number> NormInput<'py, T> {
     fn forward(name: &str, norm: Option<ForwardNorm<'py>>) -> PyResult<Option<Self>> {
-        let Some((weight, bias, mean, var, eps)) = norm else { return Ok(None) };
+        let Some((weight, bias, mean, var, eps)) = norm else {
+            return Ok(None);
+        };
         let stats = match (mean, var) {
             (Some(mean), Some(var)) => Some((mean, var)),
             (None, None) => None,
@@ -61,7 +63,9 @@ impl<'py, T: Number> NormInput<'py, T> {
     }
 
     fn backward(name: &str, norm: Option<BackwardNorm<'py>>) -> PyResult<Option<Self>> {
-        let Some((weight, bias, mean, var, eps, training)) = norm else { return Ok(None) };
+        let Some((weight, bias, mean, var, eps, training)) = norm else {
+            return Ok(None);
+        };
         Self::new(name, &weight, &bias, Some((mean, var)), eps, training).map(Some)
     }
 
@@ -135,8 +139,7 @@ pub fn xunit_forward<'py>(
 }
 
 /// out, d, p, stats1, stats2
-type Forward<'py> =
-    (Array<'py>, Option<Array<'py>>, Option<Array<'py>>, Stats<'py>, Stats<'py>);
+type Forward<'py> = (Array<'py>, Option<Array<'py>>, Option<Array<'py>>, Stats<'py>, Stats<'py>);
 
 #[allow(clippy::too_many_arguments)]
 fn forward<'py, T: Number>(
@@ -177,7 +180,9 @@ fn forward<'py, T: Number>(
     let result = py.detach(|| ops::xunit_forward(&unit, batch, x, save, threads))?;
     let tensor = |data: Vec<T>| array(py, data, &batch.dims());
     let stats = |stats: Option<(Vec<T>, Vec<T>)>| -> PyResult<Stats<'py>> {
-        let Some((mean, var)) = stats else { return Ok(None) };
+        let Some((mean, var)) = stats else {
+            return Ok(None);
+        };
         Ok(Some((array(py, mean, &[batch.c])?, array(py, var, &[batch.c])?)))
     };
     Ok((
@@ -271,7 +276,9 @@ fn backward<'py, T: Number>(
     let g = py.detach(|| ops::xunit_backward(&unit, batch, grad, x, d, p, threads))?;
     let vector = |data: Vec<T>| array(py, data, &[batch.c]);
     let pair = |norm: Option<(Vec<T>, Vec<T>)>| -> PyResult<_> {
-        let Some((weight, bias)) = norm else { return Ok((None, None)) };
+        let Some((weight, bias)) = norm else {
+            return Ok((None, None));
+        };
         Ok((Some(vector(weight)?), Some(vector(bias)?)))
     };
     let ((bn1_weight, bn1_bias), (bn2_weight, bn2_bias)) = (pair(g.norm1)?, pair(g.norm2)?);
