@@ -14,9 +14,9 @@ from PIL import Image
 
 from . import images
 
-__all__ = ["DEFAULT_MODEL", "Denoiser", "pretrained_names"]
+__all__ = ["DEFAULT_MODEL", "Denoiser", "find_weights", "pretrained_names"]
 
-DEFAULT_MODEL = "xdncnn-2018-s25"
+DEFAULT_MODEL = "gray-sigma25"
 
 # Images with more pixels than this are denoised in tiles unless the caller says otherwise. 64
 # features in float32 take 256 bytes a pixel and several such buffers are alive at a time.
@@ -106,7 +106,7 @@ class Denoiser:
         Raises ValueError for an unknown name, a file that is not safetensors or not such a
         network; FileNotFoundError for a missing file.
         """
-        path = _find_weights(name_or_path)
+        path = find_weights(name_or_path)
         from ._core import Network as CoreNetwork
 
         return cls(cast(Network, CoreNetwork.load(str(path))), tile=tile, threads=threads)
@@ -210,7 +210,8 @@ class Denoiser:
         raise ValueError(f"a network of {channels} channels cannot denoise {colours} channels")
 
 
-def _find_weights(name_or_path: str | os.PathLike[str]) -> Path:
+def find_weights(name_or_path: str | os.PathLike[str]) -> Path:
+    """The .safetensors file of a name that comes with the package, or of a path; see Denoiser."""
     text = os.fspath(name_or_path)
     path = Path(text)
     suffix = path.suffix.lower()

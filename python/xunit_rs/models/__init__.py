@@ -1,0 +1,5 @@
+"""Networks built of xUnits."""
+
+from .xdncnn import XDnCNN
+
+__all__ = ["XDnCNN"]
