@@ -6,7 +6,7 @@
 //! float64 twin that the tests compare everything with.
 
 pub mod kernels;
-//NET
+pub mod net;
 pub mod ops;
 pub mod parallel;
 #[cfg(feature = "python")]

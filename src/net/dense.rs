@@ -1,0 +1,269 @@
+//! Dense convolution, stride 1, zero padding k // 2.
+//!
+//! A band of output rows is a task. It is worked off in panels of columns: the input under a panel,
+//! batch norm applied and padding in place, is copied together so that it stays in the second-level
+//! cache, and a register tile of 8 output channels × 3 vectors slides over it. Every output is the
+//! bias plus its products in one order (input channel, row, column), whatever the tile it is in, so
+//! that neither threads nor the place in the image change a bit.
+
+use std::sync::{Mutex, PoisonError};
+
+use crate::kernels::MAX_LANES;
+use crate::kernels::activation::Affine;
+use crate::parallel;
+use crate::simd::{self, Kernel, Simd};
+
+/// Rows of a band.
+const ROWS: usize = 8;
+/// Columns of a panel.
+const COLUMNS: usize = 96;
+/// Output channels that are packed together.
+const BLOCK: usize = 8;
+
+/// The weights of a convolution, (outputs, inputs, k, k), packed for [`Dense::forward`].
+#[derive(Debug)]
+pub(super) struct Dense {
+    outputs: usize,
+    inputs: usize,
+    k: usize,
+    /// (⌈outputs / BLOCK⌉, inputs, k, k, BLOCK), zeros in the channels beyond the last.
+    packed: Vec<f32>,
+    /// Zeros beyond the last channel.
+    bias: Vec<f32>,
+}
+
+impl Dense {
+    pub(super) fn new(outputs: usize, inputs: usize, k: usize, weight: &[f32], bias: &[f32]) -> Self {
+        let products = inputs * k * k;
+        assert!(weight.len() == outputs * products && bias.len() == outputs);
+        let mut packed = vec![0.0; outputs.next_multiple_of(BLOCK) * products];
+        for (o, row) in weight.chunks_exact(products).enumerate() {
+            let block = &mut packed[o / BLOCK * BLOCK * products..];
+            for (lanes, &value) in block.chunks_exact_mut(BLOCK).zip(row) {
+                lanes[o % BLOCK] = value;
+            }
+        }
+        let mut bias = bias.to_vec();
+        bias.resize(outputs.next_multiple_of(BLOCK), 0.0);
+        Self { outputs, inputs, k, packed, bias }
+    }
+
+    pub(super) fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    pub(super) fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    pub(super) fn halo(&self) -> usize {
+        self.k / 2
+    }
+
+    /// y = bias + weight ⋆ (scale · x + shift), where the padding is zero, not shift.
+    ///
+    /// x is (inputs, h, w), y (outputs, h, w), `affine` one map per input channel.
+    pub(super) fn forward(
+        &self,
+        affine: Option<&[Affine<f32>]>,
+        x: &[f32],
+        y: &mut [f32],
+        w: usize,
+        threads: usize,
+    ) {
+        let plane = x.len() / self.inputs;
+        assert!(x.len() == self.inputs * plane && y.len() == self.outputs * plane);
+        assert!(w > 0 && plane.is_multiple_of(w));
+        assert!(affine.is_none_or(|affine| affine.len() == self.inputs));
+        let mut bands: Vec<Vec<&mut [f32]>> = Vec::new();
+        bands.resize_with(plane.div_ceil(ROWS * w), Vec::new);
+        for plane in y.chunks_exact_mut(plane) {
+            for (band, rows) in bands.iter_mut().zip(plane.chunks_mut(ROWS * w)) {
+                band.push(rows);
+            }
+        }
+        let bands: Vec<_> = bands.into_iter().map(Mutex::new).collect();
+        parallel::for_each(threads, bands.len(), |band| {
+            let mut out = bands[band].lock().unwrap_or_else(PoisonError::into_inner);
+            simd::dispatch(Band { conv: self, affine, x, top: band * ROWS, w, out: &mut out });
+        });
+    }
+}
+
+/// Output rows from `top` on, of every output channel.
+struct Band<'a, 'b> {
+    conv: &'a Dense,
+    affine: Option<&'a [Affine<f32>]>,
+    x: &'a [f32],
+    top: usize,
+    w: usize,
+    /// One slice a channel.
+    out: &'a mut [&'b mut [f32]],
+}
+
+/// The input under a panel: (inputs, rows, ld), from row `top` and column `left` of the padded
+/// image on.
+struct Panel {
+    data: Vec<f32>,
+    rows: usize,
+    ld: usize,
+}
+
+impl Kernel<f32> for Band<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<f32>>(mut self, simd: S) {
+        let (k, rows) = (self.conv.k, self.out[0].len() / self.w + self.conv.k - 1);
+        let ld = COLUMNS.min(self.w).next_multiple_of(MAX_LANES) + k - 1;
+        let mut panel = Panel { data: vec![0.0; self.conv.inputs * rows * ld], rows, ld };
+        for left in (0..self.w).step_by(COLUMNS) {
+            let width = COLUMNS.min(self.w - left);
+            self.fill(&mut panel, left, width);
+            match k {
+                3 => self.panel::<S, 3>(simd, &panel, left, width),
+                5 => self.panel::<S, 5>(simd, &panel, left, width),
+                _ => self.panel::<S, 0>(simd, &panel, left, width),
+            }
+        }
+    }
+}
+
+impl Band<'_, '_> {
+    #[inline(always)]
+    fn fill(&self, panel: &mut Panel, left: usize, width: usize) {
+        let (r, plane) = (self.conv.k / 2, self.x.len() / self.conv.inputs);
+        let h = plane / self.w;
+        // Columns of the image, and where the first of them goes.
+        let columns = left.saturating_sub(r)..(left + width + r).min(self.w);
+        let at = columns.start + r - left;
+        let rows = panel.data.chunks_exact_mut(panel.ld);
+        for (row, target) in rows.enumerate() {
+            let (i, y) = (row / panel.rows, self.top + row % panel.rows);
+            target.fill(0.0);
+            let Some(y) = y.checked_sub(r).filter(|&y| y < h) else { continue };
+            let source = &self.x[i * plane + y * self.w..][columns.clone()];
+            let target = &mut target[at..at + source.len()];
+            let Some(affine) = self.affine else {
+                target.copy_from_slice(source);
+                continue;
+            };
+            let Affine { scale, shift } = affine[i];
+            for (target, &x) in target.iter_mut().zip(source) {
+                *target = x * scale + shift;
+            }
+        }
+    }
+
+    /// All output channels of a panel; K is the compile-time kernel extent, 0 where only run time
+    /// knows it.
+    #[inline(always)]
+    fn panel<S: Simd<f32>, const K: usize>(
+        &mut self,
+        simd: S,
+        panel: &Panel,
+        left: usize,
+        width: usize,
+    ) {
+        let outputs = self.conv.outputs;
+        for y in 0..self.out[0].len() / self.w {
+            let mut x = 0;
+            while x < width {
+                let vectors = ((width - x) / simd.lanes()).clamp(1, 3);
+                let place = Place { panel, left, y, x, n: simd.lanes().min(width - x) };
+                // 32 vector registers (AVX-512, NEON) hold 8 × 3 accumulators with their operands,
+                // 16 hold 4 × 3.
+                if S::TILE_VECTORS == 4 && outputs > BLOCK / 2 {
+                    for o in (0..outputs).step_by(8) {
+                        match vectors {
+                            3 => self.tile::<S, K, 8, 3>(simd, &place, o),
+                            2 => self.tile::<S, K, 8, 2>(simd, &place, o),
+                            _ => self.tile::<S, K, 8, 1>(simd, &place, o),
+                        }
+                    }
+                } else {
+                    for o in (0..outputs).step_by(4) {
+                        match vectors {
+                            3 => self.tile::<S, K, 4, 3>(simd, &place, o),
+                            2 => self.tile::<S, K, 4, 2>(simd, &place, o),
+                            _ => self.tile::<S, K, 4, 1>(simd, &place, o),
+                        }
+                    }
+                }
+                x += vectors * simd.lanes();
+            }
+        }
+    }
+
+    /// O output channels from `first` on, V vectors of columns.
+    #[inline(always)]
+    fn tile<S: Simd<f32>, const K: usize, const O: usize, const V: usize>(
+        &mut self,
+        simd: S,
+        place: &Place<'_>,
+        first: usize,
+    ) {
+        let k = if K == 0 { self.conv.k } else { K };
+        let (inputs, lanes) = (self.conv.inputs, simd.lanes());
+        let &Place { panel: &Panel { ref data, rows, ld }, left, y, x, n } = place;
+        let weight = &self.conv.packed[first / BLOCK * BLOCK * inputs * k * k..];
+        assert!(first % BLOCK + O <= BLOCK && weight.len() >= BLOCK * inputs * k * k);
+        assert!(data.len() >= inputs * rows * ld);
+        assert!(y + k <= rows && x + V * lanes + k - 1 <= ld);
+        let bias = &self.conv.bias[first..first + O];
+        let mut acc = [[simd.splat(0.0); V]; O];
+        for (acc, &bias) in acc.iter_mut().zip(bias) {
+            *acc = [simd.splat(bias); V];
+        }
+        // SAFETY: the rows y..y + k and columns x..x + V · lanes + k − 1 that are read of every
+        // input channel are inside the panel, and `first % BLOCK..+ O` inside each of the
+        // inputs · k · k groups of BLOCK weights, by the assertions above.
+        unsafe {
+            let mut weight = weight.as_ptr().add(first % BLOCK);
+            for i in 0..inputs {
+                for ky in 0..k {
+                    let input = data.as_ptr().add((i * rows + y + ky) * ld + x);
+                    for kx in 0..k {
+                        let mut v = [simd.splat(0.0); V];
+                        for (c, v) in v.iter_mut().enumerate() {
+                            *v = simd.load(input.add(kx + c * lanes));
+                        }
+                        for (o, acc) in acc.iter_mut().enumerate() {
+                            let w = simd.splat(*weight.add(o));
+                            for (acc, &v) in acc.iter_mut().zip(&v) {
+                                *acc = simd.fma(w, v, *acc);
+                            }
+                        }
+                        weight = weight.add(BLOCK);
+                    }
+                }
+            }
+        }
+        // `zip` drops the channels beyond the last.
+        for (out, acc) in self.out[first..].iter_mut().zip(&acc) {
+            let out = &mut out[y * self.w + left + x..];
+            for (c, &acc) in acc.iter().enumerate() {
+                let n = if V == 1 { n } else { lanes };
+                let out = &mut out[c * lanes..][..n];
+                // SAFETY: `out` is n ≤ lanes elements long.
+                unsafe {
+                    if n == lanes {
+                        simd.store(acc, out.as_mut_ptr());
+                    } else {
+                        simd.store_first(acc, out.as_mut_ptr(), n);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Where a tile stands: row `y` and column `x` of the panel whose first column is `left`.
+struct Place<'a> {
+    panel: &'a Panel,
+    left: usize,
+    y: usize,
+    x: usize,
+    /// Columns of the first vector.
+    n: usize,
+}

@@ -1,0 +1,117 @@
+//! The layers of a network in evaluation mode, on one image.
+
+use super::NetError;
+use super::dense::Dense;
+use crate::kernels::activation::{Affine, Gate};
+use crate::ops::{self, Variant, XUnit};
+use crate::shape::Batch;
+
+/// Batch norm's ε, as in `torch.nn.BatchNorm2d`.
+const EPS: f64 = 1e-5;
+
+/// The activations: every layer reads `x` and leaves its output there, by way of `y`.
+#[derive(Default)]
+pub(super) struct Buffers {
+    pub(super) x: Vec<f32>,
+    pub(super) y: Vec<f32>,
+}
+
+/// A batch norm with its running statistics.
+#[derive(Debug)]
+pub(super) struct Norm {
+    pub(super) weight: Vec<f32>,
+    pub(super) bias: Vec<f32>,
+    pub(super) mean: Vec<f32>,
+    pub(super) var: Vec<f32>,
+}
+
+impl Norm {
+    fn view(&self) -> ops::Norm<'_, f32> {
+        ops::Norm {
+            weight: &self.weight,
+            bias: &self.bias,
+            stats: Some((&self.mean, &self.var)),
+            eps: EPS,
+            training: false,
+        }
+    }
+
+    /// The affine map of channel `c`.
+    pub(super) fn affine(&self, c: usize) -> Affine<f32> {
+        let scale = f64::from(self.weight[c]) / (f64::from(self.var[c]) + EPS).sqrt();
+        let shift = f64::from(self.bias[c]) - f64::from(self.mean[c]) * scale;
+        Affine { scale: scale as f32, shift: shift as f32 }
+    }
+}
+
+/// The output of `conv` on norm(x), from `buffers.x` to `buffers.y`.
+pub(super) fn convolve(
+    conv: &Dense,
+    norm: Option<&Norm>,
+    buffers: &mut Buffers,
+    h: usize,
+    w: usize,
+    threads: usize,
+) -> Result<(), NetError> {
+    let output = Batch::new(&[1, conv.outputs(), h, w])?;
+    let affine = norm.map(|norm| (0..conv.inputs()).map(|c| norm.affine(c)).collect::<Vec<_>>());
+    buffers.y.resize(output.size(), 0.0);
+    conv.forward(affine.as_deref(), &buffers.x, &mut buffers.y, w, threads);
+    Ok(())
+}
+
+/// An xUnit (with `norm1`) or xUnitS (without).
+#[derive(Debug)]
+pub(super) struct Unit {
+    pub(super) gate: Gate,
+    pub(super) kernel: usize,
+    pub(super) norm1: Option<Norm>,
+    pub(super) weight: Vec<f32>,
+    pub(super) bias: Vec<f32>,
+    pub(super) norm2: Norm,
+}
+
+impl Unit {
+    fn view(&self) -> XUnit<'_, f32> {
+        XUnit {
+            variant: if self.norm1.is_some() { Variant::Full } else { Variant::Slim },
+            gate: self.gate,
+            kernel: self.kernel,
+            pointwise: None,
+            weight: &self.weight,
+            bias: Some(&self.bias),
+            norm1: self.norm1.as_ref().map(Norm::view),
+            norm2: Some(self.norm2.view()),
+        }
+    }
+}
+
+/// \[BN\] → convolution → xUnit.
+#[derive(Debug)]
+pub(super) struct Block {
+    pub(super) norm: Option<Norm>,
+    pub(super) conv: Dense,
+    pub(super) unit: Unit,
+}
+
+impl Block {
+    pub(super) fn halo(&self) -> usize {
+        self.conv.halo() + self.unit.kernel / 2
+    }
+
+    /// Replaces x by the block's output.
+    pub(super) fn forward(
+        &self,
+        buffers: &mut Buffers,
+        h: usize,
+        w: usize,
+        threads: usize,
+    ) -> Result<(), NetError> {
+        convolve(&self.conv, self.norm.as_ref(), buffers, h, w, threads)?;
+        // Freed first: the unit's output is an allocation of its own.
+        buffers.x = Vec::new();
+        let batch = Batch::new(&[1, self.conv.outputs(), h, w])?;
+        buffers.x = ops::xunit_forward(&self.unit.view(), batch, &buffers.y, false, threads)?.out;
+        Ok(())
+    }
+}
