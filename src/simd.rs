@@ -60,16 +60,24 @@ pub fn available() -> Vec<Isa> {
     isas
 }
 
-/// The instruction set in use: the one that `XUNIT_ISA` names (`portable`, `neon`, `avx2` or
-/// `avx512`) if the machine has it, else the best one. Read once.
+/// The instruction set that `XUNIT_ISA` names (`portable`, `neon`, `avx2` or `avx512`), the best
+/// one if it is empty or not set. Errors if the machine has none of that name.
+pub fn requested() -> Result<Isa, String> {
+    let isas = available();
+    let name = std::env::var("XUNIT_ISA").unwrap_or_default();
+    if name.is_empty() {
+        return Ok(isas[0]);
+    }
+    isas.iter().find(|isa| isa.to_string() == name).copied().ok_or_else(|| {
+        let names: Vec<_> = isas.iter().map(ToString::to_string).collect();
+        format!("XUNIT_ISA is {name:?}, which this machine lacks: it has {}", names.join(", "))
+    })
+}
+
+/// The instruction set in use: [`requested`] when first asked for, the best one if that fails.
 pub fn selected() -> Isa {
     static ISA: OnceLock<Isa> = OnceLock::new();
-    *ISA.get_or_init(|| {
-        let isas = available();
-        let name = std::env::var("XUNIT_ISA").unwrap_or_default();
-        let wanted = isas.iter().find(|isa| isa.to_string() == name.trim().to_lowercase());
-        *wanted.unwrap_or(&isas[0])
-    })
+    *ISA.get_or_init(|| requested().unwrap_or_else(|_| available()[0]))
 }
 
 /// A floating-point type that the kernels compute in.

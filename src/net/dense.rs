@@ -33,7 +33,13 @@ pub(super) struct Dense {
 }
 
 impl Dense {
-    pub(super) fn new(outputs: usize, inputs: usize, k: usize, weight: &[f32], bias: &[f32]) -> Self {
+    pub(super) fn new(
+        outputs: usize,
+        inputs: usize,
+        k: usize,
+        weight: &[f32],
+        bias: &[f32],
+    ) -> Self {
         let products = inputs * k * k;
         assert!(weight.len() == outputs * products && bias.len() == outputs);
         let mut packed = vec![0.0; outputs.next_multiple_of(BLOCK) * products];
@@ -107,6 +113,8 @@ struct Panel {
     data: Vec<f32>,
     rows: usize,
     ld: usize,
+    /// Where the input of a product is, from that of the first on, in the order of the weights.
+    taps: Vec<usize>,
 }
 
 impl Kernel<f32> for Band<'_, '_> {
@@ -116,15 +124,17 @@ impl Kernel<f32> for Band<'_, '_> {
     fn run<S: Simd<f32>>(mut self, simd: S) {
         let (k, rows) = (self.conv.k, self.out[0].len() / self.w + self.conv.k - 1);
         let ld = COLUMNS.min(self.w).next_multiple_of(MAX_LANES) + k - 1;
-        let mut panel = Panel { data: vec![0.0; self.conv.inputs * rows * ld], rows, ld };
+        let inputs = self.conv.inputs;
+        let taps = (0..inputs * k * k).map(|tap| {
+            let (i, ky, kx) = (tap / (k * k), tap / k % k, tap % k);
+            (i * rows + ky) * ld + kx
+        });
+        let (data, taps) = (vec![0.0; inputs * rows * ld], taps.collect());
+        let mut panel = Panel { data, rows, ld, taps };
         for left in (0..self.w).step_by(COLUMNS) {
             let width = COLUMNS.min(self.w - left);
             self.fill(&mut panel, left, width);
-            match k {
-                3 => self.panel::<S, 3>(simd, &panel, left, width),
-                5 => self.panel::<S, 5>(simd, &panel, left, width),
-                _ => self.panel::<S, 0>(simd, &panel, left, width),
-            }
+            self.panel(simd, &panel, left, width);
         }
     }
 }
@@ -155,38 +165,32 @@ impl Band<'_, '_> {
         }
     }
 
-    /// All output channels of a panel; K is the compile-time kernel extent, 0 where only run time
-    /// knows it.
+    /// All output channels of a panel.
     #[inline(always)]
-    fn panel<S: Simd<f32>, const K: usize>(
-        &mut self,
-        simd: S,
-        panel: &Panel,
-        left: usize,
-        width: usize,
-    ) {
+    fn panel<S: Simd<f32>>(&mut self, simd: S, panel: &Panel, left: usize, width: usize) {
         let outputs = self.conv.outputs;
         for y in 0..self.out[0].len() / self.w {
             let mut x = 0;
             while x < width {
-                let vectors = ((width - x) / simd.lanes()).clamp(1, 3);
+                let most = if S::TILE_VECTORS == 4 { 3 } else { 2 };
+                let vectors = ((width - x) / simd.lanes()).clamp(1, most);
                 let place = Place { panel, left, y, x, n: simd.lanes().min(width - x) };
                 // 32 vector registers (AVX-512, NEON) hold 8 × 3 accumulators with their operands,
                 // 16 hold 4 × 3.
                 if S::TILE_VECTORS == 4 && outputs > BLOCK / 2 {
                     for o in (0..outputs).step_by(8) {
                         match vectors {
-                            3 => self.tile::<S, K, 8, 3>(simd, &place, o),
-                            2 => self.tile::<S, K, 8, 2>(simd, &place, o),
-                            _ => self.tile::<S, K, 8, 1>(simd, &place, o),
+                            3 => self.tile::<S, 8, 3>(simd, &place, o),
+                            2 => self.tile::<S, 8, 2>(simd, &place, o),
+                            _ => self.tile::<S, 8, 1>(simd, &place, o),
                         }
                     }
                 } else {
                     for o in (0..outputs).step_by(4) {
                         match vectors {
-                            3 => self.tile::<S, K, 4, 3>(simd, &place, o),
-                            2 => self.tile::<S, K, 4, 2>(simd, &place, o),
-                            _ => self.tile::<S, K, 4, 1>(simd, &place, o),
+                            3 => self.tile::<S, 4, 3>(simd, &place, o),
+                            2 => self.tile::<S, 4, 2>(simd, &place, o),
+                            _ => self.tile::<S, 4, 1>(simd, &place, o),
                         }
                     }
                 }
@@ -197,15 +201,14 @@ impl Band<'_, '_> {
 
     /// O output channels from `first` on, V vectors of columns.
     #[inline(always)]
-    fn tile<S: Simd<f32>, const K: usize, const O: usize, const V: usize>(
+    fn tile<S: Simd<f32>, const O: usize, const V: usize>(
         &mut self,
         simd: S,
         place: &Place<'_>,
         first: usize,
     ) {
-        let k = if K == 0 { self.conv.k } else { K };
-        let (inputs, lanes) = (self.conv.inputs, simd.lanes());
-        let &Place { panel: &Panel { ref data, rows, ld }, left, y, x, n } = place;
+        let (inputs, k, lanes) = (self.conv.inputs, self.conv.k, simd.lanes());
+        let &Place { panel: &Panel { ref data, rows, ld, ref taps }, left, y, x, n } = place;
         let weight = &self.conv.packed[first / BLOCK * BLOCK * inputs * k * k..];
         assert!(first % BLOCK + O <= BLOCK && weight.len() >= BLOCK * inputs * k * k);
         assert!(data.len() >= inputs * rows * ld);
@@ -219,24 +222,21 @@ impl Band<'_, '_> {
         // input channel are inside the panel, and `first % BLOCK..+ O` inside each of the
         // inputs · k · k groups of BLOCK weights, by the assertions above.
         unsafe {
+            let input = data.as_ptr().add(y * ld + x);
             let mut weight = weight.as_ptr().add(first % BLOCK);
-            for i in 0..inputs {
-                for ky in 0..k {
-                    let input = data.as_ptr().add((i * rows + y + ky) * ld + x);
-                    for kx in 0..k {
-                        let mut v = [simd.splat(0.0); V];
-                        for (c, v) in v.iter_mut().enumerate() {
-                            *v = simd.load(input.add(kx + c * lanes));
-                        }
-                        for (o, acc) in acc.iter_mut().enumerate() {
-                            let w = simd.splat(*weight.add(o));
-                            for (acc, &v) in acc.iter_mut().zip(&v) {
-                                *acc = simd.fma(w, v, *acc);
-                            }
-                        }
-                        weight = weight.add(BLOCK);
+            // One loop over all products: unrolled over a compile-time kernel, it spills.
+            for &tap in taps {
+                let mut v = [simd.splat(0.0); V];
+                for (c, v) in v.iter_mut().enumerate() {
+                    *v = simd.load(input.add(tap + c * lanes));
+                }
+                for (o, acc) in acc.iter_mut().enumerate() {
+                    let w = simd.splat(*weight.add(o));
+                    for (acc, &v) in acc.iter_mut().zip(&v) {
+                        *acc = simd.fma(w, v, *acc);
                     }
                 }
+                weight = weight.add(BLOCK);
             }
         }
         // `zip` drops the channels beyond the last.

@@ -1,7 +1,7 @@
 //! `xunit_rs._core`: numpy arrays in and out, the GIL released in between.
 
 mod depthwise;
-//NETMOD
+mod network;
 mod xunit;
 
 use std::collections::BTreeMap;
@@ -21,11 +21,20 @@ use crate::simd::Scalar;
 mod _core {
     #[pymodule_export]
     use super::depthwise::{depthwise_conv2d, depthwise_conv2d_backward};
-    //NETUSE
+    #[pymodule_export]
+    use super::network::Network;
     #[pymodule_export]
     use super::xunit::{xunit_backward, xunit_forward};
     #[pymodule_export]
     use super::{build_info, default_threads};
+
+    use pyo3::prelude::*;
+
+    /// A misspelt XUNIT_ISA must not pass unnoticed.
+    #[pymodule_init]
+    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+        crate::simd::requested().map(|_| ()).map_err(pyo3::exceptions::PyValueError::new_err)
+    }
 }
 
 /// Version, instruction set in use and all that the machine has.

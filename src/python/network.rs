@@ -1,0 +1,81 @@
+//! The torch-free network.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::prelude::*;
+
+use super::{Input, array};
+use crate::net;
+
+/// A denoising network in evaluation mode, without torch.
+#[pyclass(frozen, module = "xunit_rs._core")]
+pub struct Network {
+    network: net::Network,
+}
+
+/// OSError for a file that cannot be read, ValueError for one that is no network.
+fn error(error: net::NetError) -> PyErr {
+    match error {
+        net::NetError::Io(..) => PyOSError::new_err(error.to_string()),
+        _ => PyValueError::new_err(error.to_string()),
+    }
+}
+
+#[pymethods]
+impl Network {
+    /// Loads a safetensors file.
+    #[staticmethod]
+    fn load(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        let network = py.detach(|| net::Network::load(&path)).map_err(error)?;
+        Ok(Self { network })
+    }
+
+    /// "xdncnn-2018" or "xdncnn-2021".
+    #[getter]
+    fn architecture(&self) -> String {
+        self.network.architecture().to_string()
+    }
+
+    /// Channels of the image.
+    #[getter]
+    fn channels(&self) -> usize {
+        self.network.channels()
+    }
+
+    /// Pixels around a tile that its result depends on.
+    #[getter]
+    fn halo(&self) -> usize {
+        self.network.halo()
+    }
+
+    /// The file's metadata.
+    #[getter]
+    fn metadata(&self) -> BTreeMap<String, String> {
+        self.network.metadata().clone()
+    }
+
+    /// The clean image (C, H, W) of a noisy one, float32, in tiles of `tile` pixels a side (0: the
+    /// whole image).
+    #[pyo3(signature = (image, tile, threads))]
+    fn denoise<'py>(
+        &self,
+        image: &Bound<'py, PyAny>,
+        tile: usize,
+        threads: usize,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let py = image.py();
+        let image = Input::<f32>::new("image", image)?;
+        let &[c, h, w] = image.shape() else {
+            return Err(PyValueError::new_err(format!(
+                "image must have shape (C, H, W), got {:?}",
+                image.shape()
+            )));
+        };
+        let data = image.slice()?;
+        let clean =
+            py.detach(|| self.network.denoise(data, c, h, w, tile, threads)).map_err(error)?;
+        array(py, clean, image.shape())
+    }
+}
