@@ -11,6 +11,6 @@ pub mod ops;
 pub mod parallel;
 #[cfg(feature = "python")]
 mod python;
-//REF
+pub mod reference;
 pub mod shape;
 pub mod simd;

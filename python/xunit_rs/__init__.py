@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .convert import accelerate, find_relus, replace_relu
     from .denoise import Denoiser
-    from .info import info
+    from ._info import info
     from .modules import DepthwiseConv2d, Gaussian, xUnit, xUnitD, xUnitS
 
     __version__: str
@@ -27,7 +27,7 @@ _HOMES = {
     "find_relus": "convert",
     "replace_relu": "convert",
     "Denoiser": "denoise",
-    "info": "info",
+    "info": "_info",
 }
 _SUBMODULES = ("functional", "models", "reference")
 

@@ -265,9 +265,7 @@ def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Conv) -
 
 class _DepthwiseConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Conv
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Conv) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.set_materialize_grads(False)
         ctx.call = call
@@ -409,9 +407,7 @@ class _XUnit(torch.autograd.Function):
         ctx.save_for_backward(*inputs, done.d, done.p, *statistics)
         ctx.set_materialize_grads(False)
         ctx.variant, ctx.gate = call.variant, call.gate
-        ctx.norms = tuple(
-            None if bn is None else (bn.eps, bn.mean is None) for bn in call.norms
-        )
+        ctx.norms = tuple(None if bn is None else (bn.eps, bn.mean is None) for bn in call.norms)
         return done.out
 
     @staticmethod
@@ -422,7 +418,9 @@ class _XUnit(torch.autograd.Function):
         inputs, (d, p), statistics = saved[:9], saved[9:11], saved[11:]
         needs = ctx.needs_input_grad[:9]
         if _must_replay(grad):
-            return *_replay(inputs, needs, grad, lambda t: _unit_reference(ctx, t, statistics)), None
+            return *_replay(
+                inputs, needs, grad, lambda t: _unit_reference(ctx, t, statistics)
+            ), None
 
         x, pw_weight, _, weight = inputs[:4]
         dtype = _compute_dtype(x.dtype)
@@ -517,11 +515,7 @@ def _replay(
         # Fresh aliases, because one input may have been computed from another: the gradient
         # must stop at each of them.
         aliases: list[Vector] = [
-            None
-            if t is None
-            else t.view_as(t)
-            if again
-            else t.detach().requires_grad_(need)
+            None if t is None else t.view_as(t) if again else t.detach().requires_grad_(need)
             for t, need in zip(inputs, needs, strict=True)
         ]
         x = aliases[0]

@@ -7,6 +7,7 @@ makes tensors and plain containers and refuses everything else.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import tempfile
@@ -151,9 +152,11 @@ def _load_safetensors(path: Path) -> Checkpoint:
 
 
 def _load_pickle(path: Path) -> Checkpoint:
+    # Read beforehand: a truncated file makes torch seek where the system answers with an OSError.
+    file = io.BytesIO(path.read_bytes())
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
+        data = torch.load(file, map_location="cpu", weights_only=True)
+    except MemoryError:
         raise
     except Exception as error:  # the unpickler meets bad bytes in as many ways as Python has errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

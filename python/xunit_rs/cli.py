@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, final
 
 from . import images
 from .denoise import DEFAULT_MODEL, Denoiser, pretrained_names
 
 __all__ = ["main"]
 
+# Keywords of training.train, which holds the defaults: what is not given is not passed on.
 _TRAIN_OPTIONS: list[tuple[str, Callable[[str], Any], str]] = [
-    ("steps", int, "number of optimiser steps"),
+    ("version", str, "form of the network: 2018 or 2021"),
     ("sigma", float, "noise standard deviation, 0-255 scale"),
+    ("steps", int, "number of optimiser steps"),
+    ("time-budget", float, "seconds after which training ends, results saved"),
     ("patch-size", int, "side of the training patches, pixels"),
     ("batch-size", int, "patches per step"),
     ("lr", float, "peak learning rate"),
     ("seed", int, "seed of weights, patches and noise"),
-    ("time-budget", float, "stop, with everything saved, after this many seconds"),
-    ("threads", int, "number of threads (default: all cores)"),
-    ("init", str, "checkpoint to start from"),
-    ("precision", str, "numeric precision of training"),
+    ("channels", int, "1 (grey) or 3 (colour)"),
+    ("features", int, "width of the network"),
+    ("depth", int, "number of blocks"),
+    ("init", Path, "checkpoint to start from"),
+    ("val", Path, "folder of clean images to measure PSNR on"),
+    ("precision", str, "auto, float32 or bfloat16"),
+    ("ema-decay", float, "decay of the moving average of the weights"),
+    ("checkpoint-every", float, "seconds between checkpoints"),
+    ("threads", int, "number of threads"),
 ]
 
 
@@ -38,9 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
     except SystemExit as stop:  # argparse has printed its message, or --help
         return stop.code if isinstance(stop.code, int) else 2
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may not fit the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
             return int(args.run(args))
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -48,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of stdout, `head` say, has left. Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != "torch":
+    except ImportError as error:
+        if error.name is None or error.name.split(".")[0] not in ("torch", "safetensors"):
             raise
         return _fail(f"`{args.command}` needs PyTorch: pip install 'xunit-rs[torch]'")
     except MemoryError:
-        return _fail("out of memory; a smaller --tile needs less")
+        return _fail("out of memory" + ("; try --tile 256" if args.command == "denoise" else ""))
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return _fail(str(error) or type(error).__name__)
 
@@ -92,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("convert", _convert, "convert a checkpoint to safetensors")
     sub.add_argument("source", metavar="SRC", type=Path, help="official .pkl or .pt checkpoint")
     sub.add_argument("target", metavar="DST", type=Path, help=".safetensors file to write")
+    sub.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
 
     sub = command("train", _train, "train a denoiser (needs PyTorch)")
     sub.add_argument("--data", type=Path, required=True, help="folder of clean images")
@@ -140,21 +152,21 @@ def _denoise(args: argparse.Namespace) -> int:
     if args.input.is_dir() and jobs:
         jobs[0][1].parent.mkdir(parents=True, exist_ok=True)
     failures = 0
-    with _Progress(len(jobs), quiet=args.quiet) as progress:
-        for source, target in jobs:
-            progress.start(source.name)
+    with _Bar(quiet=args.quiet) as bar:
+        for number, (source, target) in enumerate(jobs):
+            bar.show(number, len(jobs), source.name)
             try:
                 image = images.read(source)
                 images.check_target(target, image.mode, overwrite=args.overwrite)
                 images.write(denoiser(image), target, overwrite=args.overwrite)
             except (ValueError, TypeError, OSError) as error:
-                if not args.input.is_dir():
-                    raise
-                progress.clear()
+                bar.clear()
                 text = str(error)
                 failures = _fail(text if str(source.name) in text else f"{source}: {text}")
             else:
-                progress.say(str(target))
+                bar.clear()
+                if not args.quiet:
+                    print(target, flush=True)
     if existing and not args.quiet:
         print(
             f"xunit-rs: {existing} results exist already and were left; --overwrite replaces them",
@@ -205,7 +217,7 @@ def _result_name(path: Path) -> str:
 def _convert(args: argparse.Namespace) -> int:
     from . import checkpoints
 
-    checkpoints.convert(args.source, args.target)
+    checkpoints.convert(args.source, args.target, overwrite=args.overwrite)
     print(args.target)
     return 0
 
@@ -215,7 +227,7 @@ def _train(args: argparse.Namespace) -> int:
 
     names = [name.replace("-", "_") for name, _, _ in _TRAIN_OPTIONS] + ["resume"]
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    training.train(args.data, args.out, **options)
+    print(training.train(args.data, args.out, **options))
     return 0
 
 
@@ -223,39 +235,24 @@ def _evaluate(args: argparse.Namespace) -> int:
     from . import evaluation
 
     denoiser = Denoiser.from_pretrained(args.model, threads=args.threads)
-    result = _plain(evaluation.evaluate(denoiser, args.data, args.sigma, args.protocol))
+    with _Bar() as bar:
+        result = dataclasses.asdict(
+            evaluation.evaluate(denoiser, args.data, args.sigma, args.protocol, progress=bar.show)
+        )
     if args.json:
         print(json.dumps(result, indent=2))
-    else:
-        for key, value in result.items():
-            if not isinstance(value, (dict, list)):
-                print(
-                    f"{key:<10} {value:.3f}" if isinstance(value, float) else f"{key:<10} {value}"
-                )
+        return 0
+    del result["per_image"]
+    for key, value in result.items():
+        print(f"{key:<10}  {value:.3f}" if isinstance(value, float) else f"{key:<10}  {value}")
     return 0
 
 
 def _info(args: argparse.Namespace) -> int:
-    # From the package: importing the module first would hide the function of the same name there.
-    from . import info
+    from ._info import info
 
     print(info())
     return 0
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses, named tuples, paths and numpy scalars as what JSON knows."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    elif hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    return value.item() if hasattr(value, "item") else value
 
 
 def _fail(message: str, code: int = 1) -> int:
@@ -268,37 +265,28 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
     print(f"xunit-rs: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-class _Progress:
-    """A bar on a terminal's stderr, and a line on stdout for every file written."""
+@final
+class _Bar:
+    """A progress bar on stderr, where that is a terminal."""
 
-    def __init__(self, total: int, *, quiet: bool, stream: TextIO | None = None) -> None:
-        self.total, self.done, self.quiet = total, 0, quiet
+    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
         self.stream = sys.stderr if stream is None else stream
-        self.live = not quiet and total > 1 and self.stream.isatty()
+        self.live = not quiet and self.stream.isatty()
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> _Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.clear()
 
-    def start(self, name: str) -> None:
-        if self.live:
-            filled = 20 * self.done // self.total
-            bar = "#" * filled + "." * (20 - filled)
-            print(
-                f"\r\x1b[K[{bar}] {self.done}/{self.total} {name[:40]}",
-                end="",
-                file=self.stream,
-                flush=True,
-            )
-        self.done += 1
+    def show(self, done: int, total: int, name: str = "") -> None:
+        if self.live and total > 1:
+            bar = ("#" * (20 * done // total)).ljust(20, ".")
+            self._print(f"\r\x1b[K[{bar}] {done}/{total} {name[:40]}")
 
     def clear(self) -> None:
         if self.live:
-            print("\r\x1b[K", end="", file=self.stream, flush=True)
+            self._print("\r\x1b[K")
 
-    def say(self, line: str) -> None:
-        self.clear()
-        if not self.quiet:
-            print(line, flush=True)
+    def _print(self, text: str) -> None:
+        print(text, end="", file=self.stream, flush=True)

@@ -98,9 +98,7 @@ def xunit(
         (bn1, bn2),
         (training, training),
         backend,
-        lambda: reference.xunit(
-            x, weight, bias, bn1=bn1, bn2=bn2, gate=gate, training=training
-        ),
+        lambda: reference.xunit(x, weight, bias, bn1=bn1, bn2=bn2, gate=gate, training=training),
     )
 
 

@@ -220,9 +220,7 @@ class _Base(nn.Module):
         )
 
     def _is_convolution(self, child: Any, *, depthwise: bool) -> bool:
-        if not (
-            _untouched(child, nn.Conv2d) or (depthwise and _untouched(child, DepthwiseConv2d))
-        ):
+        if not (_untouched(child, nn.Conv2d) or (depthwise and _untouched(child, DepthwiseConv2d))):
             return False
         p = child._parameters
         weight = p.get("weight")

@@ -260,24 +260,32 @@ impl<T: Scalar> Kernel<T> for GateGradient<'_, T> {
 /// the batch are zero outside training. In place on rows, or from `plane` into a padded plane.
 #[derive(Clone, Copy, Debug)]
 pub struct NormGradient<T> {
-    pub scale: T,
-    pub moments: Moments<T>,
-    /// Σ e / M and Σ e · x̂ / M in training.
-    pub means: Option<(T, T)>,
+    scale: T,
+    /// `(mean, slope, shift)` of scale · e + slope · (x − mean) + shift, in training.
+    batch: Option<(T, T, T)>,
 }
 
 impl<T: Scalar> NormGradient<T> {
+    /// `means` are Σ e / M and Σ e · x̂ / M in training.
+    pub fn new(affine: Affine<T>, moments: Moments<T>, means: Option<(f64, f64)>) -> Self {
+        let scale = affine.scale.to_f64();
+        Self {
+            scale: affine.scale,
+            batch: means.map(|(mean, mean_xhat)| {
+                let slope = -scale * moments.inv_std.to_f64() * mean_xhat;
+                (moments.mean, T::from_f64(slope), T::from_f64(-scale * mean))
+            }),
+        }
+    }
+
     #[inline(always)]
     fn apply<S: Simd<T>>(self, simd: S, e: S::V, x: S::V) -> S::V {
-        let e = match self.means {
-            Some((mean, mean_xhat)) => {
-                let xhat = self.moments.normalise(simd, x);
-                let e = simd.sub(e, simd.splat(mean));
-                simd.sub(e, simd.mul(xhat, simd.splat(mean_xhat)))
-            }
-            None => e,
+        let scale = simd.splat(self.scale);
+        let Some((mean, slope, shift)) = self.batch else {
+            return simd.mul(e, scale);
         };
-        simd.mul(e, simd.splat(self.scale))
+        let centred = simd.sub(x, simd.splat(mean));
+        simd.fma(e, scale, simd.fma(centred, simd.splat(slope), simd.splat(shift)))
     }
 }
 

@@ -304,8 +304,7 @@ pub fn xunit_backward<T: Scalar>(
     let gp_planes = p.is_some().then(|| Planes::new(&mut gp, batch));
     let sum_planes = Planes::new(&mut sums, Batch { n: 1, c: batch.c, h: 1, w: width });
     let means = |norm: &Option<Norm<'_, T>>, first: f64, second: f64| {
-        norm.filter(|norm| norm.training)
-            .map(|_| (T::from_f64(first / count), T::from_f64(second / count)))
+        norm.filter(|norm| norm.training).map(|_| (first / count, second / count))
     };
 
     parallel::for_each(threads, batch.c, |c| {
@@ -327,11 +326,8 @@ pub fn xunit_backward<T: Scalar>(
             sum[4] += bias;
             sum[3] += scale;
         }
-        let norm2 = NormGradient {
-            scale: second.affine.scale,
-            moments: second.moments,
-            means: means(&unit.norm2, sum[4], sum[3]),
-        };
+        let norm2 = means(&unit.norm2, sum[4], sum[3]);
+        let norm2 = NormGradient::new(second.affine, second.moments, norm2);
         let ld = conv::row_stride(batch.w, k);
         let mut input = Padded::new(geometry.ph, ld, k / 2, k / 2);
         let mut output = Padded::new(geometry.ph, ld, k / 2, k / 2);
@@ -373,11 +369,8 @@ pub fn xunit_backward<T: Scalar>(
                 sum[1] += scale;
             }
         }
-        let norm1 = NormGradient {
-            scale: first.affine.scale,
-            moments: first.moments,
-            means: means(&unit.norm1, sum[2], sum[1]),
-        };
+        let norm1 = means(&unit.norm1, sum[2], sum[1]);
+        let norm1 = NormGradient::new(first.affine, first.moments, norm1);
         for n in 0..batch.n {
             // SAFETY: this task alone names channel c.
             let gu = unsafe { target.plane(n, c) };
@@ -403,12 +396,21 @@ pub fn xunit_backward<T: Scalar>(
     let pick = |i: usize| -> Vec<T> {
         sums.chunks_exact(width).map(|sum| T::from_f64(sum[taps + i])).collect()
     };
+    // Batch norm in training subtracts a bias ahead of it again: the exact gradient is zero, where
+    // a sum would return its rounding. Times zero, not zero, so that NaN and infinity show.
+    let bias = |i: usize, norm: Option<Norm<'_, T>>| -> Vec<T> {
+        let factor = if norm.is_some_and(|norm| norm.training) { 0.0 } else { 1.0 };
+        sums.chunks_exact(width).map(|sum| T::from_f64(sum[taps + i] * factor)).collect()
+    };
     let weights = sums.chunks_exact(width).flat_map(|sum| &sum[..taps]);
     Ok(XUnitGradients {
         pointwise_weight,
-        pointwise_bias: unit.pointwise.and_then(|pointwise| pointwise.bias).map(|_| pick(5)),
+        pointwise_bias: unit
+            .pointwise
+            .and_then(|pointwise| pointwise.bias)
+            .map(|_| bias(5, unit.norm1)),
         weight: weights.map(|&sum| T::from_f64(sum)).collect(),
-        bias: pick(0),
+        bias: bias(0, unit.norm2),
         norm1: unit.norm1.map(|_| (pick(1), pick(2))),
         norm2: unit.norm2.map(|_| (pick(3), pick(4))),
         x: gx,

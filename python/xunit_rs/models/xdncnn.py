@@ -121,7 +121,7 @@ class XDnCNN(nn.Module):
         return model.eval()
 
     def save(self, path: str | os.PathLike[str], **metadata: Any) -> None:
-        """Write weights and `metadata` (values become strings) as safetensors, whole or not at all."""
+        """Write weights and `metadata` (as strings) to a .safetensors file, whole or not at all."""
         config = {
             "version": self.version,
             "channels": self.channels,

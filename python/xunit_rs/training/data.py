@@ -1,84 +1,96 @@
-"""Patches of clean images, and the noise that is put on them."""
+"""Noisy training patches from images held in memory."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from .. import images
 
 __all__ = ["Patches", "read_folder"]
 
-_MODES = {1: "L", 3: "RGB"}
 
+def read_folder(folder: str | os.PathLike[str], channels: int) -> list[npt.NDArray[np.uint8]]:
+    """Pixels of a folder's images in the order of their names: (H, W), or (H, W, 3) of 3 channels.
 
-def read_folder(
-    folder: str | os.PathLike[str], channels: int
-) -> list[tuple[str, npt.NDArray[np.uint8]]]:
-    """Names and pixels, uint8 (channels, H, W), of a folder's images in the order of their names.
-
-    Images of more than 8 bits are refused, as PIL would clip them. Raises ValueError for them, for
-    a folder without images and for channels other than 1 and 3; FileNotFoundError for a missing
-    folder.
+    Colour is turned into luma (ITU-R 601-2) for one channel; alpha is dropped.
+    Raises ValueError for a folder without images, images that are damaged or not of 8 bits, and
+    channels other than 1 and 3; OSError for a missing folder.
     """
-    if channels not in _MODES:
+    if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {channels!r}")
     folder = Path(os.fspath(folder))
-    if not folder.is_dir():
+    if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder")
-    paths = sorted(p for p in folder.iterdir() if p.is_file() and images.is_image_name(p))
-    if not paths:
-        raise ValueError(f"{folder}: no images in this folder")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: is a file, not a folder of images")
     result = []
-    for path in paths:
+    for path in sorted(p for p in folder.iterdir() if images.is_image_name(p) and p.is_file()):
         image = images.read(path)
         if image.mode not in ("L", "LA", "RGB", "RGBA"):
-            raise ValueError(f"{path}: mode {image.mode}, expected an image of 8 bits a channel")
-        pixels = np.asarray(image.convert(_MODES[channels]), np.uint8)
-        planes = pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
-        result.append((path.name, np.ascontiguousarray(planes)))
+            # Pillow would clip 16 bits to 255.
+            raise ValueError(f"{path}: mode {image.mode}, expected 8 bits a channel")
+        result.append(np.asarray(image.convert("L" if channels == 1 else "RGB")))
+    if not result:
+        raise ValueError(f"{folder}: no images in this folder")
     return result
 
 
 class Patches:
-    """Random patches of clean images, turned and mirrored, and white Gaussian noise for them.
+    """Random square patches, flipped and turned, with white Gaussian noise.
 
-    pixels: uint8 (C, H, W) each; size: side of a patch, pixels; sigma: 0-255 scale. Images smaller
-    than a patch are left out; ValueError if none is left. A batch is a function of the seed and
-    its number alone, so a resumed run sees what an uninterrupted one does.
+    Every pixel position of the folder is about equally likely; images smaller than a patch are
+    left out. A batch depends on nothing but (seed, index), so that a resumed run draws the very
+    batches an uninterrupted one would.
+    Raises ValueError if no image is as large as a patch.
     """
 
     def __init__(
-        self, pixels: Sequence[npt.NDArray[np.uint8]], size: int, sigma: float, seed: int
+        self, folder: str | os.PathLike[str], patch_size: int, channels: int, seed: int
     ) -> None:
-        self.pixels = [p for p in pixels if min(p.shape[1:]) >= size]
-        if not self.pixels:
-            raise ValueError(f"patch_size {size} is larger than each of {len(pixels)} images")
-        places = np.array([(p.shape[1] - size + 1) * (p.shape[2] - size + 1) for p in self.pixels])
-        self._odds = places / places.sum()
-        self._size, self._sigma, self._seed = size, sigma, seed
+        found = read_folder(folder, channels)
+        self.images = [p for p in found if min(p.shape[:2]) >= patch_size]
+        if not self.images:
+            largest = max(min(p.shape[:2]) for p in found)
+            raise ValueError(
+                f"patch_size {patch_size} is larger than every image of {folder}: {largest} at most"
+            )
+        self.patch_size = patch_size
+        self.seed = seed
+        area = np.array([p.shape[0] * p.shape[1] for p in self.images], dtype=np.float64)
+        self._cumulative = np.cumsum(area / area.sum())
 
-    def batch(self, number: int, count: int) -> tuple[Tensor, Tensor]:
-        """Clean patches and noise, float32 (count, C, size, size) on the scale [0, 1]."""
-        rng = np.random.default_rng([self._seed, number])
-        chosen = rng.choice(len(self.pixels), count, p=self._odds)
-        clean = np.stack([self._patch(self.pixels[i], rng) for i in chosen]).astype(np.float32)
-        noise = rng.standard_normal(clean.shape, np.float32) * np.float32(self._sigma / 255)
-        return torch.from_numpy(clean).div_(255), torch.from_numpy(noise)
+    def fingerprint(self) -> str:
+        """Number of images and a checksum of their pixels: the same data, wherever it lies."""
+        checksum = 0
+        for pixels in self.images:
+            checksum = zlib.crc32(pixels.tobytes(), checksum)
+        return f"{len(self.images)} images, crc32 {checksum:08x}"
 
-    def _patch(
-        self, pixels: npt.NDArray[np.uint8], rng: np.random.Generator
-    ) -> npt.NDArray[Any]:
-        size = self._size
-        top, left = (int(rng.integers(length - size + 1)) for length in pixels.shape[1:])
-        patch = pixels[:, top : top + size, left : left + size]
-        turns, mirrored = divmod(int(rng.integers(8)), 2)
-        patch = np.rot90(patch, turns, axes=(1, 2))
-        return patch[:, :, ::-1] if mirrored else patch
+    def batch(
+        self, index: int, count: int, sigma: float
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Clean patches in [0, 1] and their noise, both (count, C, patch_size, patch_size).
+
+        sigma: standard deviation of the noise on the 0-255 scale.
+        """
+        rng = np.random.default_rng([self.seed, index])
+        size = self.patch_size
+        which = np.searchsorted(self._cumulative, rng.random(count), side="right")
+        corners = rng.random((count, 2))
+        turns = rng.integers(0, 8, count)
+        clean: list[npt.NDArray[np.uint8]] = []
+        for i, corner, turn in zip(which, corners, turns, strict=True):
+            pixels = self.images[min(int(i), len(self.images) - 1)]
+            top = int(corner[0] * (pixels.shape[0] - size + 1))
+            left = int(corner[1] * (pixels.shape[1] - size + 1))
+            patch = np.rot90(pixels[top : top + size, left : left + size], turn % 4)
+            patch = patch[:, ::-1] if turn >= 4 else patch
+            clean.append(patch[None] if patch.ndim == 2 else np.moveaxis(patch, 2, 0))
+        x = np.stack(clean).astype(np.float32) / np.float32(255)
+        noise = rng.standard_normal(x.shape, dtype=np.float32) * np.float32(sigma / 255)
+        return x, noise

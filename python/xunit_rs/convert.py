@@ -1,0 +1,577 @@
+"""xUnits in place of the ReLUs of a model, and our layers in place of equal ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+
+from .modules import DepthwiseConv2d, Gaussian, _Base, _untouched, xUnit, xUnitD, xUnitS
+
+__all__ = ["ReluSite", "ReluTable", "accelerate", "find_relus", "replace_relu"]
+
+REUSED = ("split", "share", "skip", "error")
+_UNITS: dict[str, type[_Base]] = {c.__name__: c for c in (xUnit, xUnitS, xUnitD)}
+_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
+
+
+class ReluSite(NamedTuple):
+    """One call of a ReLU in the example run, or a ReLU that was not called.
+
+    name: path of the nn.ReLU, or of the module whose forward calls a functional relu.
+    shapes: of the input, one per call; empty if it was not called.
+    channels: the argument of `unit`; None where there is none.
+    action: "convert" or "skip"; reason: why.
+    call: which call of its ReLU in one forward this is, from 0.
+    """
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    channels: int | None
+    action: str
+    reason: str
+    call: int = 0
+
+
+class ReluTable(list[ReluSite]):
+    """A list of :class:`ReluSite` that prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [("name", "call", "shape", "channels", "action", "reason")]
+        for site in self:
+            shapes = ", ".join("×".join(map(str, shape)) for shape in site.shapes)
+            channels = "-" if site.channels is None else str(site.channels)
+            name = site.name or "(model)"
+            rows.append((name, str(site.call), shapes or "-", channels, site.action, site.reason))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def find_relus(model: nn.Module, example_inputs: Any) -> ReluTable:
+    """Every ReLU call of one forward pass of `model`, and what :func:`replace_relu` would do.
+
+    example_inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword
+    arguments. A copy of the model, which shares its parameters, is run once in evaluation mode
+    without gradients, hooks included: buffers, training flags and torch's random state stay as they
+    are.
+    Raises TypeError for what is no model or no inputs, ValueError if the model does not run.
+    """
+    return ReluTable(site for _, sites in _plan(model, example_inputs) for site in sites)
+
+
+def replace_relu(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    unit: Callable[[int], nn.Module] = xUnit,
+    filter_fn: Callable[[ReluSite], bool] | None = None,
+    reused: str = "split",
+    inplace: bool = False,
+) -> Any:
+    """`model` with ``unit(channels)`` in place of every nn.ReLU whose input is (N, C, H, W).
+
+    The result is a deep copy, or `model` itself if `inplace`. Units take over training flag,
+    device, dtype and hooks of their ReLU. `filter_fn` is asked about each site that would be
+    converted; those it answers with False stay.
+
+    reused: what becomes of a ReLU that one forward calls several times.
+        "split"  each call has a unit of its own, told apart by the order of the calls, which must
+                 be that of the example run: a call too many is a RuntimeError. Such a model must
+                 not run in several threads at once, nor under activation checkpointing that
+                 recomputes some of the calls and not others.
+        "share"  one unit for all calls, if all have the same number of channels
+        "skip"   it stays a ReLU
+        "error"  ValueError
+    Raises as :func:`find_relus`, and ValueError if there is nothing to convert. Warns if functional
+    relus are left.
+    """
+    if not callable(unit):
+        raise TypeError(f"unit must be a callable of the number of channels, not {unit!r}")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be a callable or None, not {filter_fn!r}")
+    if reused not in REUSED:
+        raise ValueError(f"reused must be one of {', '.join(REUSED)}, not {reused!r}")
+    plan = []
+    for slot, sites in _plan(model, example_inputs):
+        sites = [_filtered(site, filter_fn) for site in sites]
+        plan.append((slot, _reuse(sites, reused)))
+    if not any(site.action == "convert" for _, sites in plan for site in sites):
+        table = ReluTable(site for _, sites in plan for site in sites)
+        raise ValueError(
+            f"{type(model).__name__} has no ReLU to convert" + (f":\n{table}" if table else "")
+        )
+
+    # Made before anything is put in place, so that a `unit` that raises leaves `model` whole.
+    made = []
+    for slot, sites in plan:
+        if slot is not None and any(site.action == "convert" for site in sites):
+            made.append((slot, _replacement(slot, sites, unit, shared=reused == "share")))
+    target = model if inplace else _deepcopy(model, {})
+    for slot, new in made:
+        parent = target.get_submodule(slot.parent)
+        old = parent._modules[slot.attribute]
+        assert old is not None
+        new.train(old.training)
+        _move_hooks(old, new)
+        parent._modules[slot.attribute] = new
+        if isinstance(new, _PerCall):
+            target.get_submodule(slot.scope).register_forward_pre_hook(new._restart)
+    left = sum(len(sites) for slot, sites in plan if slot is None)
+    if left:
+        import warnings
+
+        warnings.warn(
+            f"{left} call(s) of a functional relu are left as they are: see find_relus",
+            stacklevel=2,
+        )
+    return target
+
+
+def accelerate(model: nn.Module) -> Any:
+    """`model` with our layers for its depthwise nn.Conv2d and for the xUnits of the official code.
+
+    Changes `model` in place and returns it; if it is such a layer itself, returns ours. Parameters
+    and buffers are shared, not copied, so an optimizer made before still works. Depthwise: groups
+    = in_channels = out_channels, zero padding. Official: a class named xUnit, xUnitS or xUnitD
+    with the official `features`, that computes what ours does. Layers with hooks or
+    parametrizations are left alone. Raises TypeError for what is no model.
+    """
+    _check_model(model)
+    ours: dict[int, nn.Module | None] = {}
+
+    def swapped(module: nn.Module) -> nn.Module:
+        if id(module) not in ours:
+            ours[id(module)] = _faster(module)
+        return ours[id(module)] or module
+
+    visited: set[int] = set()
+
+    def visit(module: nn.Module) -> None:
+        # What a unit of ours or a ScriptModule is made of is run by it, not by itself.
+        if id(module) in visited or isinstance(module, (_Base, torch.jit.ScriptModule)):
+            return
+        visited.add(id(module))
+        for attribute, child in module._modules.items():
+            if child is not None:
+                new = module._modules[attribute] = swapped(child)
+                visit(new)
+
+    top = swapped(model)
+    visit(top)
+    return top
+
+
+# ---------------------------------------------------------------- what was called
+
+
+class _Slot(NamedTuple):
+    """Where a ReLU is: `attribute` of the module at `parent`."""
+
+    parent: str
+    attribute: str
+    inplace: bool
+    # Innermost module whose one forward makes all the calls.
+    scope: str
+    # Of the input of each call.
+    options: tuple[dict[str, Any], ...]
+
+
+class _Seen(NamedTuple):
+    """What is kept of an input: the tensors of a large model would fill the memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: Any) -> _Seen | None:
+        return cls(tuple(x.shape), x.dtype, x.device) if isinstance(x, Tensor) else None
+
+
+class _Call(NamedTuple):
+    input: _Seen | None
+    # The forwards around it, from outside in: (id of the module, how many forwards began before).
+    stack: tuple[tuple[int, int], ...]
+
+
+class _Probe(TorchFunctionMode):
+    """Notes every forward of the modules of `model`, and the functional relus in them."""
+
+    def __init__(self, model: nn.Module, relus: set[int]) -> None:
+        super().__init__()
+        self.relus = relus
+        self.names = {id(m): name for name, m in model.named_modules()}
+        self.calls: dict[int, list[_Call]] = {i: [] for i in relus}
+        self.functional: list[tuple[str, _Seen | None]] = []
+        self.stack: list[tuple[int, int]] = []
+        self.forwards = 0
+        for module in list(model.modules()):
+            if not isinstance(module, torch.jit.ScriptModule):
+                module.register_forward_pre_hook(self.enter, with_kwargs=True)
+                module.register_forward_hook(self.leave, always_call=True)
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if id(module) in self.relus:
+            x = args[0] if args else kwargs.get("input")
+            self.calls[id(module)].append(_Call(_Seen.of(x), tuple(self.stack)))
+        self.stack.append((id(module), self.forwards))
+        self.forwards += 1
+
+    def leave(self, *_: Any) -> None:
+        self.stack.pop()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _FUNCTIONS and not (self.stack and self.stack[-1][0] in self.relus):
+            name = self.names[self.stack[-1][0]] if self.stack else ""
+            self.functional.append((name, _Seen.of(args[0] if args else kwargs.get("input"))))
+        return func(*args, **kwargs)
+
+
+def _plan(model: nn.Module, example_inputs: Any) -> Iterator[tuple[_Slot | None, list[ReluSite]]]:
+    """The sites of each ReLU module (its slot) and of each functional relu (None)."""
+    _check_model(model)
+    args, kwargs = _arguments(example_inputs)
+    # Parameters are shared, except those that a first forward would fill in.
+    memo = {id(p): p for p in model.parameters() if not is_lazy(p)}
+    probed = _deepcopy(model, memo).eval()
+
+    slots: list[tuple[str, str, nn.Module, str]] = []
+    units = {id(m) for u in probed.modules() if _is_unit(u) for m in u.modules()}
+    for path, parent in list(probed.named_modules()):
+        for attribute, child in parent._modules.items():
+            if isinstance(child, torch.jit.ScriptModule):
+                for inner, m in child.named_modules(prefix=f"{path}.{attribute}".lstrip(".")):
+                    if getattr(m, "original_name", "") == "ReLU":
+                        site = ReluSite(inner, (), None, "skip", "inside a ScriptModule")
+                        yield None, [site]
+            elif isinstance(child, (nn.ReLU, nn.ReLU6)):
+                reason = ""
+                if id(parent) in units:
+                    reason = "part of an xUnit"
+                elif type(child) is not nn.ReLU:
+                    reason = f"{type(child).__name__}, not nn.ReLU"
+                # One object in several places becomes several, so that each counts its own calls.
+                child = parent._modules[attribute] = copy.copy(child)
+                child._forward_pre_hooks = child._forward_pre_hooks.copy()
+                child._forward_hooks = child._forward_hooks.copy()
+                slots.append((path, attribute, child, reason))
+
+    relus = {id(relu) for _, _, relu, _ in slots}
+    if isinstance(probed, nn.ReLU):
+        relus.add(id(probed))
+    probe = _run(probed, relus, args, kwargs)
+
+    if isinstance(probed, nn.ReLU):
+        shapes = tuple(_shape(call.input) for call in probe.calls[id(probed)])
+        reason = "the model itself is the ReLU: no module holds it"
+        yield None, [ReluSite("", shapes, None, "skip", reason)]
+    for path, attribute, relu, reason in slots:
+        name = f"{path}.{attribute}".lstrip(".")
+        calls = probe.calls[id(relu)]
+        scope = _scope(calls, probe.names)
+        options = tuple(_options(call.input, model) for call in calls)
+        slot = _Slot(path, attribute, bool(getattr(relu, "inplace", False)), scope, options)
+        if calls:
+            yield slot, [_site(name, c.input, reason, i, len(calls)) for i, c in enumerate(calls)]
+        else:
+            reason = reason or "not called in the example run, in evaluation mode"
+            yield slot, [ReluSite(name, (), None, "skip", reason)]
+    for name, x in probe.functional:
+        reason = "a functional relu: only nn.ReLU modules are replaced"
+        yield None, [ReluSite(name, (_shape(x),), _channels(x), "skip", reason)]
+
+
+def _run(
+    probed: nn.Module, relus: set[int], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> _Probe:
+    tensors = [*probed.parameters(), *probed.buffers(), *args, *kwargs.values()]
+    devices = {t.device for t in tensors if isinstance(t, Tensor) and t.device.type == "cuda"}
+    probe = _Probe(probed, relus)
+    # An in-place first layer must not change the caller's tensors.
+    args, kwargs = _cloned(args), _cloned(kwargs)
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), probe:
+        try:
+            probed(*args, **kwargs)
+        except Exception as error:
+            shapes = ", ".join(map(_describe, (*args, *kwargs.values())))
+            raise ValueError(
+                f"{type(probed).__name__} does not run on example_inputs ({shapes}): {error}"
+            ) from error
+    return probe
+
+
+def _site(name: str, x: _Seen | None, reason: str, call: int, calls: int) -> ReluSite:
+    shapes = (_shape(x),)
+    if not reason:
+        if x is None or len(x.shape) != 4:
+            reason = "the input is not 4-dimensional (N, C, H, W)"
+        elif not x.dtype.is_floating_point:
+            reason = f"the input is {x.dtype}"
+    if reason:
+        return ReluSite(name, shapes, _channels(x), "skip", reason, call)
+    reason = "" if calls == 1 else f"call {call + 1} of {calls} of one nn.ReLU"
+    return ReluSite(name, shapes, _channels(x), "convert", reason, call)
+
+
+def _scope(calls: list[_Call], names: Mapping[int, str]) -> str:
+    common: tuple[tuple[int, int], ...] = calls[0].stack if calls else ()
+    for call in calls[1:]:
+        n = 0
+        while n < min(len(common), len(call.stack)) and common[n] == call.stack[n]:
+            n += 1
+        common = common[:n]
+    return names[common[-1][0]] if common else ""
+
+
+def _options(x: _Seen | None, model: nn.Module) -> dict[str, Any]:
+    """Device and dtype of a unit that sees x."""
+    if x is None:
+        return {}
+    dtype, kind = x.dtype, x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        # Then x has not the type of the parameters.
+        own = (p.dtype for p in model.parameters() if p.is_floating_point())
+        dtype = next(own, torch.float32)
+    return {"device": x.device, "dtype": dtype}
+
+
+def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    raise TypeError(
+        "example_inputs must be a tensor, a tuple or list of arguments or a dict of keyword "
+        f"arguments, not {example_inputs!r}"
+    )
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) in (tuple, list):
+        return type(value)(map(_cloned, value))
+    if type(value) is dict:
+        return {k: _cloned(v) for k, v in value.items()}
+    return value
+
+
+def _shape(x: _Seen | None) -> tuple[int, ...]:
+    return () if x is None else x.shape
+
+
+def _channels(x: _Seen | None) -> int | None:
+    return None if x is None or len(x.shape) != 4 else x.shape[1]
+
+
+def _describe(x: Any) -> str:
+    return str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {model!r}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"{type(model).__name__} is compiled: convert the model it was made from")
+    if type(model).__name__ in _WRAPPERS:
+        raise TypeError(f"convert the model before it is wrapped in {type(model).__name__}")
+
+
+def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ValueError(f"{type(model).__name__} cannot be copied: {error}") from error
+
+
+# ---------------------------------------------------------------- what takes its place
+
+
+class _PerCall(nn.ModuleList):
+    """Calls its first module, then its second, and so on, in each forward of a scope.
+
+    A hook ahead of the scope's forward starts it over: an interrupted forward does no harm.
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        super().__init__(modules)
+        self._next = 0
+
+    def _restart(self, *_: Any) -> None:
+        self._next = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        call = self._next
+        if call >= len(self):
+            raise RuntimeError(
+                f"call {call + 1} of a ReLU that was called {len(self)} times in the example run"
+            )
+        self._next = call + 1
+        out: Tensor = self[call](x)
+        return out
+
+
+def _filtered(site: ReluSite, filter_fn: Callable[[ReluSite], bool] | None) -> ReluSite:
+    if site.action == "convert" and filter_fn is not None and not filter_fn(site):
+        return site._replace(action="skip", reason="filter_fn")
+    return site
+
+
+def _reuse(sites: list[ReluSite], reused: str) -> list[ReluSite]:
+    """`sites`, all of one ReLU, as `reused` has it."""
+    if len(sites) == 1 or reused == "split" or all(s.action == "skip" for s in sites):
+        return sites
+    name, n = sites[0].name, len(sites)
+    if reused == "error":
+        raise ValueError(f"the ReLU {name!r} is called {n} times in one forward")
+    if reused == "skip":
+        reason = f"called {n} times in one forward"
+    elif any(site.action == "skip" for site in sites):
+        reason = "shared with a call that cannot be converted"
+    elif len({site.channels for site in sites}) > 1:
+        reason = f"called with {', '.join(str(site.channels) for site in sites)} channels"
+    else:
+        return sites
+    return [site._replace(action="skip", reason=reason) for site in sites]
+
+
+def _replacement(
+    slot: _Slot, sites: list[ReluSite], unit: Callable[[int], nn.Module], *, shared: bool
+) -> nn.Module:
+    def make(site: ReluSite) -> nn.Module:
+        if site.action != "convert":
+            return nn.ReLU(slot.inplace)
+        assert site.channels is not None
+        new = unit(site.channels)
+        if not isinstance(new, nn.Module):
+            raise TypeError(f"unit({site.channels}) must be a torch.nn.Module, not {new!r}")
+        return new.to(**slot.options[site.call])
+
+    if len(sites) == 1 or shared:
+        return make(sites[0])
+    return _PerCall([make(site) for site in sites])
+
+
+def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """The very dictionaries, so that the handles of the hooks still remove them."""
+    for name in (
+        "_forward_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+    ):
+        hooks = getattr(old, name)
+        hooks.update(getattr(new, name))
+        setattr(new, name, hooks)
+    new._is_full_backward_hook = new._is_full_backward_hook or old._is_full_backward_hook
+
+
+# ---------------------------------------------------------------- accelerate
+
+
+def _is_unit(module: nn.Module) -> bool:
+    if isinstance(module, _Base):
+        return True
+    return type(module).__name__ in _UNITS and isinstance(
+        getattr(module, "features", None), nn.Sequential
+    )
+
+
+def _faster(module: nn.Module) -> nn.Module | None:
+    """Our layer with the parameters of `module`, or None if there is none."""
+    if _plain(module, nn.Conv2d):
+        return _faster_convolution(module)
+    if _is_unit(module) and not isinstance(module, _Base) and _plain(module, type(module)):
+        return _faster_unit(module)
+    return None
+
+
+def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    state_hooks = (
+        module._state_dict_hooks,
+        module._state_dict_pre_hooks,
+        module._load_state_dict_pre_hooks,
+        module._load_state_dict_post_hooks,
+    )
+    return _untouched(module, kind) and not any(state_hooks)
+
+
+def _faster_convolution(conv: Any) -> nn.Module | None:
+    depthwise = conv.groups == conv.in_channels == conv.out_channels
+    if not depthwise or conv.padding_mode != "zeros":
+        return None
+    new = DepthwiseConv2d(
+        conv.in_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        bias=conv.bias is not None,
+        device="meta",
+    )
+    new._parameters = conv._parameters
+    new.training = conv.training
+    return new
+
+
+def _faster_unit(unit: Any) -> nn.Module | None:
+    features = unit.features
+    if unit._parameters or unit._buffers or set(unit._modules) != {"features"}:
+        return None
+    if not all(_plain(child, type(child)) for child in unit.modules()):
+        return None
+    convs = [m for m in features if isinstance(m, nn.Conv2d)]
+    if not convs:
+        return None
+    children = list(features)
+    last = children[-1]
+    if type(last).__name__ == "Gaussian" and not last._parameters:  # of the official code
+        children[-1] = Gaussian().train(last.training)
+    channels = convs[-1].out_channels
+    new = _UNITS[type(unit).__name__](channels, device="meta")
+    new.features = nn.Sequential(*children).train(features.training)
+    if isinstance(new._parts(), str) or not _equal(unit, new, convs[-1].weight):
+        return None
+    # The user's own Sequential, where it holds the same modules, as others may refer to it.
+    if all(a is b for a, b in zip(features, children, strict=True)):
+        new.features = features
+    new.training = unit.training
+    return new
+
+
+def _equal(unit: nn.Module, new: _Base, weight: Tensor) -> bool:
+    """Whether both compute the same: the name of a class says little about its forward."""
+    flags = {m: m.training for part in (unit, new) for m in part.modules()}
+    shape = (2, weight.shape[0], 3, 5)
+    n = 30 * weight.shape[0]
+    x = torch.linspace(-2, 2, n, device=weight.device, dtype=weight.dtype).reshape(shape)
+    backend, new.backend = new.backend, "torch"
+    try:
+        unit.eval()
+        new.eval()
+        with torch.no_grad():
+            return torch.allclose(unit(x), new(x), rtol=1e-4, atol=1e-5, equal_nan=True)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    finally:
+        new.backend = backend
+        for module, training in flags.items():
+            module.training = training

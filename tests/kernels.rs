@@ -1,0 +1,562 @@
+//! Every kernel on every instruction set of the machine, at every tail length, against the naive
+//! twin; outputs start as NaN, and so does whatever memory a kernel may read but must not use.
+
+mod common;
+
+use common::{Noise, cast, close, close_beside, flat, nan, on_every_isa, spread};
+use ndarray::{Array1, Array3, Array4, ArrayView2, s};
+use xunit_rs::kernels::activation::{
+    AddGated, Affine, Apply, Fill, FillGradient, Finish, Gate, GateGradient, Moments, NormGradient,
+    ReluGradient, Sums,
+};
+use xunit_rs::kernels::{conv, general};
+use xunit_rs::ops::{depthwise_backward, depthwise_forward};
+use xunit_rs::reference;
+use xunit_rs::shape::{Batch, Conv, Geometry};
+use xunit_rs::simd::{Scalar, available};
+
+/// Kernel extents: each size that has its own code, those between, even ones, flat and tall ones.
+const KERNELS: [(usize, usize); 26] = [
+    (1, 1),
+    (2, 2),
+    (3, 3),
+    (4, 4),
+    (5, 5),
+    (6, 6),
+    (7, 7),
+    (8, 8),
+    (9, 9),
+    (10, 10),
+    (11, 11),
+    (13, 13),
+    (16, 16),
+    (31, 31),
+    (1, 7),
+    (7, 1),
+    (2, 5),
+    (5, 2),
+    (3, 5),
+    (9, 3),
+    (4, 9),
+    (1, 31),
+    (31, 1),
+    (12, 3),
+    (3, 16),
+    (6, 19),
+];
+
+/// Every tail of every vector, then widths around the tiles of 2 and 4 vectors.
+fn widths() -> impl Iterator<Item = usize> {
+    (1..=40).chain([47, 48, 49, 63, 64, 65, 79, 96, 113, 128, 131])
+}
+
+/// [`close`], where sums of products of at most 1 may cancel by chance.
+#[track_caller]
+fn near<'a, T: Scalar>(
+    got: &[T],
+    want: impl IntoIterator<Item = &'a f64>,
+    case: impl FnOnce() -> String,
+) {
+    close_beside(got, want, 1.0, case);
+}
+
+fn dense(kh: usize, kw: usize) -> Conv {
+    Conv { kh, kw, stride: [1, 1], padding: [0; 4], dilation: [1, 1] }
+}
+
+/// A plane and its place in a batch of one.
+fn one(values: Vec<f64>, h: usize, w: usize) -> Array4<f64> {
+    Array4::from_shape_vec((1, 1, h, w), values).unwrap()
+}
+
+#[test]
+fn convolution() {
+    for (kh, kw) in KERNELS {
+        for w in widths() {
+            // Heights below, at and above the four rows of the tile, in turn.
+            for h in if kh * kw <= 81 { vec![1 + w % 3, 4 + w % 5, 9] } else { vec![1 + w % 9] } {
+                convolution_of(kh, kw, h, w, false);
+            }
+            convolution_of(kh, kw, 5, w, true);
+        }
+    }
+}
+
+fn convolution_of(kh: usize, kw: usize, oh: usize, ow: usize, spoil: bool) {
+    let mut noise = Noise::new((kh * 97 + kw * 31 + oh * 7 + ow) as u64);
+    let (h, w) = (oh + kh - 1, ow + kw - 1);
+    let mut input = noise.vec(h * w);
+    let mut weight = noise.vec(kh * kw);
+    if spoil {
+        noise.spoil(&mut input);
+        if ow.is_multiple_of(4) {
+            let at = noise.below(weight.len());
+            weight[at] = f64::INFINITY;
+        }
+    }
+    let mut grad = noise.vec(oh * ow);
+    if spoil {
+        noise.spoil(&mut grad);
+    }
+    let bias = noise.next();
+    let conv = dense(kh, kw);
+    let x = one(input, h, w);
+    let taps = Array3::from_shape_vec((1, kh, kw), weight).unwrap();
+    let y = reference::depthwise(&x, &taps, Some(&Array1::from_elem(1, bias)), &conv);
+    let g = one(grad, oh, ow);
+    let (_, gweight, _) = reference::depthwise_backward(&g, &x, &taps, &conv);
+    convolution_in::<f32>(&x, &taps, bias, &y, &g, &gweight);
+    convolution_in::<f64>(&x, &taps, bias, &y, &g, &gweight);
+}
+
+fn convolution_in<T: Scalar>(
+    x: &Array4<f64>,
+    taps: &Array3<f64>,
+    bias: f64,
+    y: &Array4<f64>,
+    grad: &Array4<f64>,
+    gweight: &Array3<f64>,
+) {
+    let ((_, kh, kw), (_, _, oh, ow)) = (taps.dim(), y.dim());
+    let input = spread(&flat::<T, _>(x), ow + kw - 1, conv::row_stride(ow, kw));
+    let (weight, bias) = (flat::<T, _>(taps), T::from_f64(bias));
+    for isa in available() {
+        let case = || format!("{} {isa}: kernel {kh}×{kw}, output {oh}×{ow}", size_of::<T>());
+        let mut out = nan::<T>(oh * ow);
+        let (input, weight) = (&input[..], &weight[..]);
+        let kernel = (kh, kw);
+        T::dispatch(isa, conv::Forward { input, weight, bias, out: &mut out, kernel, ow });
+        near(&out, y, || format!("forward, {}", case()));
+        for grad_ld in [ow, ow + 5] {
+            let grad = spread(&flat::<T, _>(grad), ow, grad_ld);
+            // Sums go on top of what is there.
+            let mut sum = vec![1.0; kh * kw];
+            let (grad, out) = (&grad[..], (oh, ow));
+            let job = conv::WeightGradient { grad, grad_ld, input, sum: &mut sum, kernel, out };
+            T::dispatch(isa, job);
+            let sum: Vec<T> = sum.iter().map(|&sum| T::from_f64(sum)).collect();
+            let want = gweight.mapv(|g| g + 1.0);
+            near(&sum, &want, || format!("weight gradient, stride {grad_ld}, {}", case()));
+        }
+    }
+}
+
+#[test]
+fn convolution_of_any_geometry() {
+    let mut noise = Noise::new(5);
+    for w in 1..=40 {
+        for stride in [[1, 1], [2, 2], [3, 3], [1, 3], [2, 1]] {
+            for dilation in [[1, 1], [2, 2], [3, 1], [1, 3], [3, 3]] {
+                let (kh, kw) = KERNELS[noise.below(13)];
+                let padding = [(); 4].map(|()| noise.below(4));
+                let conv = Conv { kh, kw, stride, padding, dilation };
+                let input = Batch::new(&[1, 1, 1 + noise.below(12), w]).unwrap();
+                let Ok(geometry) = Geometry::new(input, conv) else { continue };
+                let spoil = noise.below(3) == 0;
+                general_of(&mut noise, &geometry, spoil);
+            }
+        }
+    }
+}
+
+fn general_of(noise: &mut Noise, geometry: &Geometry, spoil: bool) {
+    let Geometry { conv, ph, pw, oh, ow, .. } = *geometry;
+    let (mut input, mut grad) = (noise.vec(ph * pw), noise.vec(oh * ow));
+    if spoil {
+        noise.spoil(&mut input);
+        noise.spoil(&mut grad);
+    }
+    let weight = noise.array((1, conv.kh, conv.kw));
+    let bias = Array1::from_elem(1, noise.next());
+    // The kernels see padded planes, so the twin sees them as planes without padding.
+    let unpadded = Conv { padding: [0; 4], ..conv };
+    let (x, g) = (one(input, ph, pw), one(grad, oh, ow));
+    let y = reference::depthwise(&x, &weight, Some(&bias), &unpadded);
+    let (gx, gweight, _) = reference::depthwise_backward(&g, &x, &weight, &unpadded);
+    general_in::<f32>(geometry, &x, &weight, bias[0], &y, &g, (&gx, &gweight));
+    general_in::<f64>(geometry, &x, &weight, bias[0], &y, &g, (&gx, &gweight));
+}
+
+fn general_in<T: Scalar>(
+    geometry: &Geometry,
+    x: &Array4<f64>,
+    weight: &Array3<f64>,
+    bias: f64,
+    y: &Array4<f64>,
+    grad: &Array4<f64>,
+    (gx, gweight): (&Array4<f64>, &Array3<f64>),
+) {
+    let (input, weight, grad) = (&flat::<T, _>(x)[..], &flat::<T, _>(weight)[..], &flat(grad)[..]);
+    for isa in available() {
+        let case = || format!("{} {isa}: {geometry:?}", size_of::<T>());
+        let mut out = nan::<T>(y.len());
+        let bias = T::from_f64(bias);
+        T::dispatch(isa, general::Forward { geometry, input, weight, bias, out: &mut out });
+        near(&out, y, || format!("forward, {}", case()));
+        let mut padded = vec![T::ZERO; gx.len()];
+        T::dispatch(isa, general::InputGradient { geometry, grad, weight, padded: &mut padded });
+        near(&padded, gx, || format!("input gradient, {}", case()));
+        let mut sum = vec![1.0; gweight.len()];
+        T::dispatch(isa, general::WeightGradient { geometry, grad, input, sum: &mut sum });
+        let sum: Vec<T> = sum.iter().map(|&sum| T::from_f64(sum)).collect();
+        near(&sum, &gweight.mapv(|g| g + 1.0), || format!("weight gradient, {}", case()));
+    }
+}
+
+/// Plane lengths: every tail, and more than the vectors that are added up in lanes.
+fn lengths() -> impl Iterator<Item = usize> {
+    (1..=40).chain([63, 64, 65, 127, 255, 256, 257, 511, 512, 513, 1023, 1030])
+}
+
+/// A plane's values and a batch norm's constants, exact in `f32`.
+struct Activation {
+    x: Vec<f64>,
+    d: Vec<f64>,
+    grad: Vec<f64>,
+    affine: (f64, f64),
+    /// Mean and 1 / √(var + ε).
+    moments: (f64, f64),
+}
+
+impl Activation {
+    fn new(len: usize, spoil: bool) -> Self {
+        let mut noise = Noise::new(len as u64 + 1000);
+        let mut new = || noise.vec(len).iter().map(|x| 4.0 * x).collect::<Vec<_>>();
+        let (mut x, mut d, mut grad) = (new(), new(), new());
+        if spoil {
+            noise.spoil(&mut x);
+            noise.spoil(&mut d);
+            noise.spoil(&mut grad);
+        }
+        Self { x, d, grad, affine: (0.75, -0.25), moments: (0.5, 1.25) }
+    }
+
+    fn affine<T: Scalar>(&self) -> Affine<T> {
+        Affine { scale: T::from_f64(self.affine.0), shift: T::from_f64(self.affine.1) }
+    }
+
+    fn moments<T: Scalar>(&self) -> Moments<T> {
+        Moments { mean: T::from_f64(self.moments.0), inv_std: T::from_f64(self.moments.1) }
+    }
+
+    fn u(&self, values: &[f64]) -> Array4<f64> {
+        one(values.iter().map(|x| self.affine.0 * x + self.affine.1).collect(), 1, values.len())
+    }
+
+    /// Σ e and Σ e · x̂.
+    fn sums(&self, e: &Array4<f64>, x: &[f64]) -> [f64; 2] {
+        let xhat = x.iter().map(|x| (x - self.moments.0) * self.moments.1);
+        [e.iter().sum(), e.iter().zip(xhat).map(|(e, xhat)| e * xhat).sum()]
+    }
+}
+
+fn each_activation(test: impl Fn(&Activation)) {
+    for len in lengths() {
+        for spoil in [false, true] {
+            test(&Activation::new(len, spoil));
+        }
+    }
+}
+
+/// The sum of magnitudes: what a sum that cancels is to be judged beside.
+fn magnitude<'a>(values: impl IntoIterator<Item = &'a f64>) -> f64 {
+    values.into_iter().filter(|x| x.is_finite()).map(|x| x.abs()).sum()
+}
+
+#[test]
+fn sums() {
+    fn sums_in<T: Scalar>(offset: f64, plane: &[f64]) {
+        let plane: Vec<_> = plane.iter().map(|x| x + offset).collect();
+        let centred: Vec<_> = plane.iter().map(|x| x - offset).collect();
+        let squares: Vec<_> = centred.iter().map(|x| x * x).collect();
+        for isa in available() {
+            let (plane, origin) = (&cast::<T>(&plane)[..], T::from_f64(offset));
+            let (first, second) = T::dispatch(isa, Sums { plane, origin });
+            let case =
+                || format!("{} {isa}, {} elements from {offset}", size_of::<T>(), plane.len());
+            let (first, second) = ([T::from_f64(first)], [T::from_f64(second)]);
+            close_beside(&first, &[centred.iter().sum()], magnitude(&centred), case);
+            close(&second, &[squares.iter().sum()], case);
+        }
+    }
+    each_activation(|a| {
+        // An offset that costs no bits of these values.
+        let coarse: Vec<_> = a.x.iter().map(|x| (x * 1024.0).round() / 1024.0).collect();
+        for offset in [0.0, 1000.0] {
+            sums_in::<f32>(offset, &coarse);
+            sums_in::<f64>(offset, &coarse);
+        }
+    });
+}
+
+#[test]
+fn fill() {
+    fn fill_in<T: Scalar>(a: &Activation, width: usize, want: &[f64], relu: bool) {
+        let rows = want.len() / width;
+        let (ld, origin) = (width + 7, 2 * (width + 7) + 3);
+        for isa in available() {
+            let mut padded = nan::<T>((rows + 4) * ld);
+            let (plane, relu_of) = (&cast::<T>(&a.x)[..], relu.then(|| a.affine::<T>()));
+            T::dispatch(isa, Fill { plane, width, relu_of, padded: &mut padded, ld, origin });
+            check_middle(&padded, want, width, ld, origin, &format!("{isa}, width {width}"));
+        }
+    }
+    each_activation(|a| {
+        let relu = reference::relu(&a.u(&a.x)).into_raw_vec_and_offset().0;
+        let len = a.x.len();
+        for width in
+            [len, 1].into_iter().chain([3, 8, 33].into_iter().filter(|&w| len.is_multiple_of(w)))
+        {
+            for (want, is_relu) in [(&a.x, false), (&relu, true)] {
+                fill_in::<f32>(a, width, want, is_relu);
+                fill_in::<f64>(a, width, want, is_relu);
+            }
+        }
+    });
+}
+
+/// Checks the middle of a padded plane, and that its margins were left as they were: NaN.
+fn check_middle<T: Scalar>(
+    padded: &[T],
+    want: &[f64],
+    width: usize,
+    ld: usize,
+    origin: usize,
+    case: &str,
+) {
+    let rows = want.len() / width;
+    let view = ArrayView2::from_shape((padded.len() / ld, ld), padded).unwrap();
+    let (top, left) = (origin / ld, origin % ld);
+    let middle = view.slice(s![top..top + rows, left..left + width]);
+    close(&middle.iter().copied().collect::<Vec<_>>(), want, || case.to_owned());
+    for ((y, x), value) in view.indexed_iter() {
+        let inside = (top..top + rows).contains(&y) && (left..left + width).contains(&x);
+        assert!(inside || value.to_f64().is_nan(), "{case}: margin ({y}, {x}) is {value:?}");
+    }
+}
+
+#[test]
+fn gates() {
+    fn gate_in<T: Scalar>(a: &Activation, gate: Gate, out: &Array4<f64>, e: &Array4<f64>) {
+        let (x, d, grad) = (&cast::<T>(&a.x)[..], &cast::<T>(&a.d)[..], &cast::<T>(&a.grad)[..]);
+        let g = reference::gate(gate, &a.u(&a.d));
+        let past: Vec<_> = g.iter().zip(&a.grad).map(|(g, grad)| 0.5 + g * grad).collect();
+        for isa in available() {
+            let case = || format!("{} {isa}: {gate:?}, {} elements", size_of::<T>(), x.len());
+            let mut got = nan::<T>(x.len());
+            let affine = a.affine::<T>();
+            T::dispatch(isa, Apply { gate, x, d, affine, out: &mut got });
+            close(&got, out, || format!("apply, {}", case()));
+
+            let (mut got, moments) = (nan::<T>(x.len()), a.moments::<T>());
+            let job = GateGradient { gate, grad, x, d, affine, moments, out: &mut got };
+            let sums = T::dispatch(isa, job);
+            close(&got, e, || format!("gradient, {}", case()));
+            let sums = [T::from_f64(sums.0), T::from_f64(sums.1)];
+            // Up to 6.25: the largest |x̂| of this test.
+            let scale = 6.25 * magnitude(e);
+            close_beside(&sums, &a.sums(e, &a.d), scale, || format!("sums, {}", case()));
+
+            let mut got = vec![T::from_f64(0.5); x.len()];
+            T::dispatch(isa, AddGated { gate, grad, d, affine, sum: &mut got });
+            close(&got, &past, || format!("gradient past the gate, {}", case()));
+        }
+    }
+    each_activation(|a| {
+        for gate in [Gate::Sigmoid, Gate::Gaussian] {
+            let (u, len) = (a.u(&a.d), a.x.len());
+            let (x, grad) = (one(a.x.clone(), 1, len), one(a.grad.clone(), 1, len));
+            let out = &x * &reference::gate(gate, &u);
+            let e = reference::gate_backward(gate, &(&grad * &x), &u);
+            gate_in::<f32>(a, gate, &out, &e);
+            gate_in::<f64>(a, gate, &out, &e);
+        }
+    });
+}
+
+#[test]
+fn gates_far_from_zero() {
+    fn far_in<T: Scalar>(gate: Gate, d: &[f64], want: &Array4<f64>) {
+        for isa in available() {
+            let (d, x) = (&cast::<T>(d)[..], &vec![T::ONE; d.len()][..]);
+            let affine = Affine { scale: T::ONE, shift: T::ZERO };
+            let mut out = nan::<T>(d.len());
+            T::dispatch(isa, Apply { gate, x, d, affine, out: &mut out });
+            // Relative to each value; subnormal ones may be flushed to zero.
+            for ((out, want), d) in out.iter().zip(want).zip(d) {
+                let (got, want) = (out.to_f64(), *want);
+                let bound = common::tolerance::<T>() * want + f64::from(f32::MIN_POSITIVE);
+                assert!((got - want).abs() <= bound, "{isa} {gate:?}({d:?}): {got}, {want}");
+            }
+        }
+    }
+    let mut d: Vec<f64> = (-3200..=3200).map(|i| f64::from(i) / 32.0).collect();
+    d.extend([1e4, -1e4, 1e20, -1e20, 3e38, -3e38, f64::INFINITY, f64::NEG_INFINITY, 0.0, -0.0]);
+    for gate in [Gate::Sigmoid, Gate::Gaussian] {
+        let want = reference::gate(gate, &one(d.clone(), 1, d.len()));
+        far_in::<f32>(gate, &d, &want);
+        far_in::<f64>(gate, &d, &want);
+    }
+}
+
+#[test]
+fn relu_gradient() {
+    fn relu_in<T: Scalar>(a: &Activation, want: &Array4<f64>) {
+        for isa in available() {
+            let case = || format!("{} {isa}: {} elements", size_of::<T>(), a.x.len());
+            let (x, mut grad) = (&cast::<T>(&a.x)[..], cast::<T>(&a.grad));
+            let (affine, moments) = (a.affine(), a.moments());
+            let job = ReluGradient { x, affine, moments, grad: &mut grad };
+            let sums = T::dispatch(isa, job);
+            close(&grad, want, case);
+            let (sums, scale) =
+                ([T::from_f64(sums.0), T::from_f64(sums.1)], 6.25 * magnitude(want));
+            close_beside(&sums, &a.sums(want, &a.x), scale, || format!("sums, {}", case()));
+        }
+    }
+    each_activation(|a| {
+        let grad = one(a.grad.clone(), 1, a.grad.len());
+        let want = reference::relu_backward(&grad, &a.u(&a.x));
+        relu_in::<f32>(a, &want);
+        relu_in::<f64>(a, &want);
+    });
+}
+
+#[test]
+fn norm_gradient() {
+    fn norm_in<T: Scalar>(a: &Activation, means: Option<(f64, f64)>, want: &[f64]) {
+        let len = a.x.len();
+        let norm = NormGradient::new(a.affine::<T>(), a.moments(), means);
+        for isa in available() {
+            let case = || format!("{} {isa}: {len} elements, {means:?}", size_of::<T>());
+            let (x, mut grad) = (&cast::<T>(&a.x)[..], cast::<T>(&a.grad));
+            T::dispatch(isa, Finish { norm, x, grad: &mut grad });
+            close(&grad, want, || format!("in place, {}", case()));
+            let grad = &cast::<T>(&a.grad)[..];
+            for width in [len, 1].into_iter().chain(len.is_multiple_of(8).then_some(8)) {
+                let (ld, origin) = (width + 5, width + 5 + 2);
+                let mut padded = nan::<T>((len / width + 2) * ld);
+                let (d, padded_mut) = (x, &mut padded[..]);
+                let job = FillGradient { norm, grad, d, width, padded: padded_mut, ld, origin };
+                let sum = T::dispatch(isa, job);
+                check_middle(&padded, want, width, ld, origin, &case());
+                let (sum, scale) = ([T::from_f64(sum)], magnitude(want));
+                close_beside(&sum, &[want.iter().sum()], scale, || format!("sum, {}", case()));
+            }
+        }
+    }
+    each_activation(|a| {
+        for means in [None, Some((0.25, -0.125))] {
+            let (mean, mean_xhat) = means.unwrap_or_default();
+            let want = a.grad.iter().zip(&a.x).map(|(e, x)| {
+                let xhat = (x - a.moments.0) * a.moments.1;
+                let centred = if means.is_some() { e - mean - xhat * mean_xhat } else { *e };
+                a.affine.0 * centred
+            });
+            let want: Vec<_> = want.collect();
+            norm_in::<f32>(a, means, &want);
+            norm_in::<f64>(a, means, &want);
+        }
+    });
+}
+
+#[test]
+fn depthwise_operation() {
+    on_every_isa("depthwise_operation", || {
+        let mut noise = Noise::new(7);
+        for (kh, kw) in KERNELS.into_iter().chain([(15, 15), (21, 21), (20, 3), (2, 31)]) {
+            for round in 0..24 {
+                // Every other round keeps to stride and dilation 1, which has code of its own.
+                let any = |noise: &mut Noise| 1 + noise.below(if round % 2 == 0 { 1 } else { 3 });
+                let conv = Conv {
+                    kh,
+                    kw,
+                    stride: [any(&mut noise), any(&mut noise)],
+                    padding: match round % 4 {
+                        0 => [kh / 2, kh / 2, kw / 2, kw / 2],
+                        // More than the kernel reaches, too.
+                        _ => [kh, kh, kw, kw].map(|k| noise.below(k + 3)),
+                    },
+                    dilation: [any(&mut noise), any(&mut noise)],
+                };
+                let (h, w) = (1 + noise.below(14), 1 + noise.below(40));
+                let input = Batch::new(&[1 + noise.below(2), 1 + noise.below(3), h, w]).unwrap();
+                if let Ok(geometry) = Geometry::new(input, conv) {
+                    depthwise_of(&mut noise, &geometry, round % 3 == 2);
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn depthwise_operation_at_every_width_and_height() {
+    on_every_isa("depthwise_operation_at_every_width_and_height", || {
+        let mut noise = Noise::new(9);
+        for k in [3, 7, 9] {
+            for w in 1..=40 {
+                for h in 1..=9 {
+                    let conv = Conv::same(k).unwrap();
+                    let input = Batch::new(&[1, 1, h, w]).unwrap();
+                    depthwise_of(&mut noise, &Geometry::new(input, conv).unwrap(), h == 5);
+                }
+            }
+        }
+    });
+}
+
+fn depthwise_of(noise: &mut Noise, geometry: &Geometry, spoil: bool) {
+    let (conv, c) = (geometry.conv, geometry.input.c);
+    let (mut x, mut grad) =
+        (noise.array(geometry.input.dims()), noise.array(geometry.output().dims()));
+    if spoil {
+        noise.spoil(x.as_slice_mut().unwrap());
+        noise.spoil(grad.as_slice_mut().unwrap());
+    }
+    let (x, grad) = (x.into_dimensionality().unwrap(), grad.into_dimensionality().unwrap());
+    let (weight, bias) = (noise.array((c, conv.kh, conv.kw)), noise.array(c));
+    let bias = (noise.below(4) > 0).then_some(bias);
+    let y = reference::depthwise(&x, &weight, bias.as_ref(), &conv);
+    let gradients = reference::depthwise_backward(&grad, &x, &weight, &conv);
+    depthwise_in::<f32>(geometry, &x, &weight, bias.as_ref(), &grad, &y, &gradients);
+    depthwise_in::<f64>(geometry, &x, &weight, bias.as_ref(), &grad, &y, &gradients);
+}
+
+fn depthwise_in<T: Scalar>(
+    geometry: &Geometry,
+    x: &Array4<f64>,
+    weight: &Array3<f64>,
+    bias: Option<&Array1<f64>>,
+    grad: &Array4<f64>,
+    y: &Array4<f64>,
+    (gx, gweight, gbias): &(Array4<f64>, Array3<f64>, Array1<f64>),
+) {
+    let (x, weight, bias) = (flat::<T, _>(x), flat::<T, _>(weight), bias.map(flat::<T, _>));
+    let case = || format!("{} bytes: {geometry:?}", size_of::<T>());
+    let got = depthwise_forward(geometry, &x, &weight, bias.as_deref(), 1).unwrap();
+    near(&got, y, || format!("forward, {}", case()));
+    let scale = magnitude(grad);
+    let flat_grad = flat::<T, _>(grad);
+    let got = depthwise_backward(geometry, &flat_grad, &x, &weight, [true; 3], 1).unwrap();
+    near(&got.x.unwrap(), gx, || format!("gradient to x, {}", case()));
+    near(&got.weight.unwrap(), gweight, || format!("gradient to weight, {}", case()));
+    close_beside(&got.bias.unwrap(), gbias, scale, || format!("gradient to bias, {}", case()));
+}
+
+#[test]
+fn depthwise_gradients_that_nobody_needs_are_not_computed() {
+    let input = Batch::new(&[2, 3, 5, 6]).unwrap();
+    for conv in [Conv::same(3).unwrap(), Conv { stride: [2, 1], ..Conv::same(3).unwrap() }] {
+        let geometry = Geometry::new(input, conv).unwrap();
+        let mut noise = Noise::new(3);
+        let (x, weight) = (noise.vec(input.size()), noise.vec(3 * 9));
+        let grad = noise.vec(geometry.output().size());
+        let all = depthwise_backward(&geometry, &grad, &x, &weight, [true; 3], 1).unwrap();
+        for needs in (0..8).map(|bits| [bits & 1 > 0, bits & 2 > 0, bits & 4 > 0]) {
+            let some = depthwise_backward(&geometry, &grad, &x, &weight, needs, 1).unwrap();
+            assert_eq!(some.x, all.x.clone().filter(|_| needs[0]));
+            assert_eq!(some.weight, all.weight.clone().filter(|_| needs[1]));
+            assert_eq!(some.bias, all.bias.clone().filter(|_| needs[2]));
+        }
+    }
+}

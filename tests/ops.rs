@@ -1,0 +1,599 @@
+//! The xUnits against the naive twin, the same bits at every thread count, and shapes that are
+//! refused.
+
+mod common;
+
+use common::{Noise, close, close_beside, flat, on_every_isa, same_bits};
+use ndarray::{Array4, s};
+use xunit_rs::kernels::activation::Gate;
+use xunit_rs::ops::{
+    Norm, Pointwise, Variant, XUnit, XUnitForward, XUnitGradients, depthwise_backward,
+    depthwise_forward, xunit_backward, xunit_forward,
+};
+use xunit_rs::reference::{self, Stats};
+use xunit_rs::shape::{Batch, Conv, Geometry, ShapeError};
+use xunit_rs::simd::Scalar;
+
+const VARIANTS: [Variant; 3] = [Variant::Full, Variant::Slim, Variant::Dense];
+const GATES: [Gate; 2] = [Gate::Sigmoid, Gate::Gaussian];
+
+/// What stands at the place of a batch norm.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Mode {
+    None,
+    Evaluation,
+    Training,
+}
+
+const MODES: [Mode; 3] = [Mode::None, Mode::Evaluation, Mode::Training];
+
+/// Every variant with every gate and every pair of batch norms that it can have.
+fn units() -> impl Iterator<Item = (Variant, Gate, [Mode; 2])> {
+    let pairs = MODES.into_iter().flat_map(|first| MODES.map(|second| [first, second]));
+    let units = VARIANTS.into_iter().flat_map(|variant| GATES.map(|gate| (variant, gate)));
+    units
+        .flat_map(move |(variant, gate)| pairs.clone().map(move |modes| (variant, gate, modes)))
+        .filter(|(variant, _, modes)| *variant != Variant::Slim || modes[0] == Mode::None)
+}
+
+fn norm(noise: &mut Noise, channels: usize, mode: Mode) -> Option<reference::Norm> {
+    let exact = |x: f64| f64::from(x as f32);
+    let weight = noise.array(channels).mapv(|x| exact(1.0 + 0.5 * x));
+    let bias = noise.array(channels);
+    let mean = noise.array(channels).mapv(|x| exact(0.5 * x));
+    let var = noise.array(channels).mapv(|x| exact(1.0 + 0.5 * x));
+    let stats = (mode == Mode::Evaluation).then_some((mean, var));
+    (mode != Mode::None).then_some(reference::Norm { weight, bias, stats, eps: 1e-5 })
+}
+
+/// The twin of a unit, with or without biases, all numbers exact in `f32`.
+fn unit(
+    noise: &mut Noise,
+    channels: usize,
+    (variant, gate, modes): (Variant, Gate, [Mode; 2]),
+    k: usize,
+    biases: bool,
+) -> reference::XUnit {
+    let pointwise = (noise.array((channels, channels)), biases.then(|| noise.array(channels)));
+    reference::XUnit {
+        variant,
+        gate,
+        pointwise: (variant == Variant::Dense).then_some(pointwise),
+        weight: noise.array((channels, k, k)),
+        bias: biases.then(|| noise.array(channels)),
+        norm1: norm(noise, channels, modes[0]),
+        norm2: norm(noise, channels, modes[1]),
+    }
+}
+
+/// A [`unit`] and an input on which it is well conditioned: no value so near to the kink of the
+/// ReLU that rounding takes it across, no batch with next to no variance.
+fn unit_and_input(
+    noise: &mut Noise,
+    batch: Batch,
+    kind: (Variant, Gate, [Mode; 2]),
+    k: usize,
+    biases: bool,
+) -> (reference::XUnit, Array4<f64>) {
+    loop {
+        let unit = unit(noise, batch.c, kind, k, biases);
+        // Off centre, as what comes out of another unit is.
+        let x = noise.array((batch.n, batch.c, batch.h, batch.w)) + 0.25;
+        let forward = reference::xunit(&unit, &x);
+        let p = forward.p.as_ref().unwrap_or(&x);
+        let u = unit.norm1.as_ref().map(|norm| reference::batch_norm(p, norm).0);
+        let kinks = unit.variant != Variant::Slim;
+        let far = !kinks || u.as_ref().unwrap_or(p).iter().all(|u| u.abs() > 1e-5);
+        let spread = |(mean, var): &Stats| {
+            var.iter().zip(mean).all(|(var, mean)| *var > 0.02 && *var > 0.02 * mean * mean)
+        };
+        if far && [&forward.stats1, &forward.stats2].into_iter().flatten().all(spread) {
+            return (unit, x);
+        }
+    }
+}
+
+/// The parameters of a unit in the type that is tested, as the vectors that [`XUnit`] borrows.
+struct Owned<T> {
+    variant: Variant,
+    gate: Gate,
+    kernel: usize,
+    pointwise: Option<(Vec<T>, Option<Vec<T>>)>,
+    weight: Vec<T>,
+    bias: Option<Vec<T>>,
+    norms: [Option<OwnedNorm<T>>; 2],
+}
+
+struct OwnedNorm<T> {
+    weight: Vec<T>,
+    bias: Vec<T>,
+    stats: Option<(Vec<T>, Vec<T>)>,
+    eps: f64,
+    training: bool,
+}
+
+impl<T: Scalar> Owned<T> {
+    fn new(unit: &reference::XUnit) -> Self {
+        let norm = |norm: &Option<reference::Norm>| {
+            norm.as_ref().map(|norm| OwnedNorm {
+                weight: flat(&norm.weight),
+                bias: flat(&norm.bias),
+                stats: norm.stats.as_ref().map(|(mean, var)| (flat(mean), flat(var))),
+                eps: norm.eps,
+                training: norm.stats.is_none(),
+            })
+        };
+        let pointwise = unit.pointwise.as_ref();
+        Self {
+            variant: unit.variant,
+            gate: unit.gate,
+            kernel: unit.weight.dim().1,
+            pointwise: pointwise.map(|(w, b)| (flat(w), b.as_ref().map(flat))),
+            weight: flat(&unit.weight),
+            bias: unit.bias.as_ref().map(flat),
+            norms: [norm(&unit.norm1), norm(&unit.norm2)],
+        }
+    }
+
+    fn unit(&self) -> XUnit<'_, T> {
+        XUnit {
+            variant: self.variant,
+            gate: self.gate,
+            kernel: self.kernel,
+            pointwise: self
+                .pointwise
+                .as_ref()
+                .map(|(weight, bias)| Pointwise { weight, bias: bias.as_deref() }),
+            weight: &self.weight,
+            bias: self.bias.as_deref(),
+            norm1: self.norms[0].as_ref().map(OwnedNorm::norm),
+            norm2: self.norms[1].as_ref().map(OwnedNorm::norm),
+        }
+    }
+
+    /// Forward with and without what backward needs, then backward.
+    fn run(
+        &mut self,
+        batch: Batch,
+        x: &[T],
+        grad: &[T],
+        threads: usize,
+    ) -> (XUnitForward<T>, XUnitGradients<T>) {
+        let forward = xunit_forward(&self.unit(), batch, x, true, threads).unwrap();
+        let lean = xunit_forward(&self.unit(), batch, x, false, threads).unwrap();
+        same_bits(&forward.out, &lean.out, || "save changes the output".to_owned());
+        assert!(lean.d.is_none() && lean.p.is_none());
+        assert_eq!(self.pointwise.is_some(), forward.p.is_some());
+        // Backward is told the statistics that forward used.
+        for (norm, stats) in self.norms.iter_mut().zip([&forward.stats1, &forward.stats2]) {
+            if let Some(norm) = norm {
+                assert_eq!(norm.training, stats.is_some());
+                norm.stats = stats.clone().or(norm.stats.take());
+            }
+        }
+        let (d, p) = (forward.d.as_deref().unwrap(), forward.p.as_deref());
+        let gradients = xunit_backward(&self.unit(), batch, grad, x, d, p, threads).unwrap();
+        for norm in self.norms.iter_mut().flatten().filter(|norm| norm.training) {
+            norm.stats = None;
+        }
+        (forward, gradients)
+    }
+}
+
+impl<T: Scalar> OwnedNorm<T> {
+    fn norm(&self) -> Norm<'_, T> {
+        Norm {
+            weight: &self.weight,
+            bias: &self.bias,
+            stats: self.stats.as_ref().map(|(mean, var)| (&mean[..], &var[..])),
+            eps: self.eps,
+            training: self.training,
+        }
+    }
+}
+
+fn matches_reference<T: Scalar>(
+    unit: &reference::XUnit,
+    x: &Array4<f64>,
+    grad: &Array4<f64>,
+    case: &str,
+) {
+    let (n, c, h, w) = x.dim();
+    let batch = Batch::new(&[n, c, h, w]).unwrap();
+    let want = reference::xunit(unit, x);
+    let (forward, got) = Owned::<T>::new(unit).run(batch, &flat(x), &flat(grad), 2);
+    let name = |what: &'static str| {
+        move || format!("{what}, {} bytes, {case}, x {:?}", size_of::<T>(), x.shape())
+    };
+    close(&forward.out, &want.out, name("out"));
+    close(&forward.d.unwrap(), &want.d, name("d"));
+    let stats = |got: Option<(Vec<T>, Vec<T>)>, want: Option<Stats>, what| {
+        assert_eq!(got.is_some(), want.is_some(), "{what}");
+        if let (Some(got), Some(want)) = (got, want) {
+            // A mean is judged beside the spread it was taken over.
+            close_beside(&got.0, &want.0, largest(&want.1).sqrt(), name(what));
+            close(&got.1, &want.1, name(what));
+        }
+    };
+    stats(forward.stats1, want.stats1, "statistics 1");
+    stats(forward.stats2, want.stats2, "statistics 2");
+    if let (Some(got), Some(want)) = (forward.p, want.p) {
+        close(&got, &want, name("p"));
+    }
+
+    let want = reference::xunit_backward(unit, grad, x);
+    let held = held_statistics(unit, grad, x);
+    close_beside(&got.x, &want.x, largest(&held.x), name("gradient to x"));
+    // Sums over few pixels may cancel by chance: one product is the least they are judged beside.
+    let product = largest(&held.x) * largest(x);
+    let beside = product.max(largest(&held.weight));
+    close_beside(&got.weight, &want.weight, beside, name("gradient to weight"));
+    let beside = beside.max(largest(&held.bias));
+    close_beside(&got.bias, &want.bias, beside, name("gradient to bias"));
+    let biased = unit.pointwise.as_ref().is_some_and(|(_, bias)| bias.is_some());
+    assert_eq!(got.pointwise_weight.is_some(), unit.pointwise.is_some());
+    assert_eq!(got.pointwise_bias.is_some(), biased);
+    if let (Some((weight, bias)), Some(held)) = (&want.pointwise, &held.pointwise) {
+        let beside = product.max(largest(&held.0));
+        let got_weight = got.pointwise_weight.unwrap();
+        close_beside(&got_weight, weight, beside, name("gradient to pointwise weight"));
+        if let Some(got) = got.pointwise_bias {
+            let beside = beside.max(largest(&held.1));
+            close_beside(&got, bias, beside, name("gradient to pointwise bias"));
+        }
+    }
+    for (got, want, held, what) in [
+        (got.norm1, want.norm1, held.norm1, ["gradient to norm 1 weight", "… norm 1 bias"]),
+        (got.norm2, want.norm2, held.norm2, ["gradient to norm 2 weight", "… norm 2 bias"]),
+    ] {
+        assert_eq!(got.is_some(), want.is_some(), "{what:?}");
+        if let (Some(got), Some(want), Some(held)) = (got, want, held) {
+            let beside = product.max(largest(&held.0)).max(largest(&held.1));
+            close_beside(&got.0, &want.0, beside, name(what[0]));
+            close_beside(&got.1, &want.1, beside, name(what[1]));
+        }
+    }
+}
+
+/// The gradients without those of the batch statistics: what training's gradients cancelled from,
+/// all but completely where a scale or a bias stands ahead of a batch norm.
+fn held_statistics(
+    unit: &reference::XUnit,
+    grad: &Array4<f64>,
+    x: &Array4<f64>,
+) -> reference::XUnitGradients {
+    let forward = reference::xunit(unit, x);
+    let mut held = unit.clone();
+    for (norm, stats) in [(&mut held.norm1, forward.stats1), (&mut held.norm2, forward.stats2)] {
+        if let (Some(norm), Some(stats)) = (norm, stats) {
+            norm.stats = Some(stats);
+        }
+    }
+    reference::xunit_backward(&held, grad, x)
+}
+
+/// The largest finite magnitude.
+fn largest<'a>(values: impl IntoIterator<Item = &'a f64>) -> f64 {
+    values.into_iter().filter(|x| x.is_finite()).fold(0.0, |m, x| m.max(x.abs()))
+}
+
+#[test]
+fn xunits_match_the_reference() {
+    on_every_isa("xunits_match_the_reference", || {
+        let mut noise = Noise::new(1);
+        for kind in units() {
+            for k in [1, 3, 5, 7, 9, 11] {
+                for (n, c, h, w) in [(2, 3, 1 + noise.below(12), 1 + noise.below(40)), (1, 1, 3, 2)]
+                {
+                    let batch = Batch::new(&[n, c, h, w]).unwrap();
+                    let biases = noise.below(3) > 0;
+                    let (unit, x) = unit_and_input(&mut noise, batch, kind, k, biases);
+                    let grad = noise.array(x.raw_dim());
+                    let case = format!("{kind:?}, k {k}, biases {biases}");
+                    matches_reference::<f32>(&unit, &x, &grad, &case);
+                    matches_reference::<f64>(&unit, &x, &grad, &case);
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn large_planes_keep_their_digits() {
+    let mut noise = Noise::new(2);
+    for variant in VARIANTS {
+        let modes = [if variant == Variant::Slim { Mode::None } else { Mode::Training }; 2];
+        let kind = (variant, Gate::Sigmoid, [modes[0], Mode::Training]);
+        let batch = Batch::new(&[2, 2, 130, 157]).unwrap();
+        let unit = unit(&mut noise, batch.c, kind, 7, true);
+        // So large an input has values at the kink of the ReLU; they weigh little in the sums.
+        let mut x = noise.array((2, 2, 130, 157));
+        x.slice_mut(s![1, .., .., ..]).mapv_inplace(|x| x + 0.5);
+        let want = reference::xunit(&unit, &x);
+        let (got, _) = Owned::<f32>::new(&unit).run(batch, &flat(&x), &flat(&x), 2);
+        close(&got.out, &want.out, || format!("out, {kind:?}"));
+        for (got, want) in [(got.stats1, want.stats1), (got.stats2, want.stats2)] {
+            if let (Some(got), Some(want)) = (got, want) {
+                close(&got.0, &want.0, || format!("mean, {kind:?}"));
+                close(&got.1, &want.1, || format!("variance, {kind:?}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn nan_and_infinity_go_where_the_definition_sends_them() {
+    on_every_isa("nan_and_infinity_go_where_the_definition_sends_them", || {
+        let mut noise = Noise::new(4);
+        for kind in units() {
+            for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+                // An infinity in a batch makes statistics whose mean depends on how it is summed.
+                let training = kind.2.contains(&Mode::Training);
+                if training && bad.is_infinite() {
+                    continue;
+                }
+                for k in [3, 5] {
+                    let batch = Batch::new(&[2, 3, 9, 21]).unwrap();
+                    let (unit, mut x) = unit_and_input(&mut noise, batch, kind, k, true);
+                    let mut grad = noise.array(x.raw_dim());
+                    let case = format!("{bad} in x, {kind:?}, k {k}");
+                    let at = noise.below(x.len());
+                    let finite = std::mem::replace(&mut x.as_slice_mut().unwrap()[at], bad);
+                    matches_reference::<f32>(&unit, &x, &grad, &case);
+                    matches_reference::<f64>(&unit, &x, &grad, &case);
+                    x.as_slice_mut().unwrap()[at] = finite;
+                    grad.as_slice_mut().unwrap()[noise.below(x.len())] = bad;
+                    let case = format!("{bad} in grad, {kind:?}, k {k}");
+                    matches_reference::<f32>(&unit, &x, &grad, &case);
+                    matches_reference::<f64>(&unit, &x, &grad, &case);
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn a_constant_plane_in_training_is_its_bias() {
+    let mut noise = Noise::new(6);
+    let kind = (Variant::Slim, Gate::Sigmoid, [Mode::None, Mode::Training]);
+    let unit = unit(&mut noise, 2, kind, 1, true);
+    let x = Array4::from_elem((2, 2, 5, 19), 0.7f32.into());
+    let grad = noise.array(x.raw_dim());
+    let (got, _) = Owned::<f32>::new(&unit).run(
+        Batch::new(&[2, 2, 5, 19]).unwrap(),
+        &flat(&x),
+        &flat(&grad),
+        1,
+    );
+    let (_, var) = got.stats2.unwrap();
+    assert!(var.iter().all(|&v| (0.0..1e-12).contains(&v)), "{var:?}");
+    let bias = &unit.norm2.as_ref().unwrap().bias;
+    let want = Array4::from_shape_fn(x.raw_dim(), |at| x[at] / (1.0 + (-bias[at.1]).exp()));
+    // 1 / √ε ≈ 316 times the rounding of d.
+    let worst = got.out.iter().zip(&want).map(|(a, b)| (f64::from(*a) - b).abs());
+    assert!(worst.fold(0.0, f64::max) < 1e-4);
+}
+
+#[test]
+fn xunits_have_the_same_bits_at_every_thread_count() {
+    fn threads_in<T: Scalar>(unit: &reference::XUnit, batch: Batch, noise: &mut Noise) {
+        let (x, grad): (Vec<T>, Vec<T>) =
+            (common::cast(&noise.vec(batch.size())), common::cast(&noise.vec(batch.size())));
+        let outputs = |threads| {
+            let (f, g) = Owned::<T>::new(unit).run(batch, &x, &grad, threads);
+            let pairs = [f.stats1, f.stats2, g.norm1, g.norm2].into_iter().flatten();
+            let rest = [f.d, f.p, g.pointwise_weight, g.pointwise_bias].into_iter().flatten();
+            let all = [f.out, g.x, g.weight, g.bias].into_iter().chain(rest);
+            all.chain(pairs.flat_map(|(a, b)| [a, b])).collect::<Vec<_>>()
+        };
+        let want = outputs(1);
+        for threads in [2, 3, 7, 0] {
+            let got = outputs(threads);
+            assert_eq!(got.len(), want.len());
+            for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                same_bits(got, want, || format!("output {i}, {threads} threads"));
+            }
+        }
+    }
+    let mut noise = Noise::new(8);
+    // Fewer and more images than the partial sums of the pointwise weight; fewer and more channels
+    // than threads.
+    for batch in [[1, 5, 17, 23], [3, 2, 9, 33], [19, 3, 6, 7]] {
+        let batch = Batch::new(&batch).unwrap();
+        for kind in units() {
+            let unit = unit(&mut noise, batch.c, kind, 5, true);
+            threads_in::<f32>(&unit, batch, &mut noise);
+            threads_in::<f64>(&unit, batch, &mut noise);
+        }
+    }
+}
+
+#[test]
+fn depthwise_has_the_same_bits_at_every_thread_count() {
+    fn threads_in<T: Scalar>(geometry: &Geometry, noise: &mut Noise) {
+        let Geometry { input, conv, .. } = *geometry;
+        let mut vec = |len: usize| common::cast::<T>(&noise.vec(len));
+        let (x, grad) = (vec(input.size()), vec(geometry.output().size()));
+        let (weight, bias) = (vec(input.c * conv.kh * conv.kw), vec(input.c));
+        let outputs = |threads| {
+            let y = depthwise_forward(geometry, &x, &weight, Some(&bias), threads).unwrap();
+            let g = depthwise_backward(geometry, &grad, &x, &weight, [true; 3], threads).unwrap();
+            [y, g.x.unwrap(), g.weight.unwrap(), g.bias.unwrap()]
+        };
+        let want = outputs(1);
+        for threads in [2, 3, 7, 0] {
+            for (i, (got, want)) in outputs(threads).iter().zip(&want).enumerate() {
+                same_bits(got, want, || format!("output {i}, {threads} threads, {geometry:?}"));
+            }
+        }
+    }
+    let mut noise = Noise::new(10);
+    for (n, c) in [(1, 1), (1, 8), (5, 3)] {
+        let input = Batch::new(&[n, c, 37, 53]).unwrap();
+        for k in [3, 4, 9] {
+            for (stride, dilation) in [([1, 1], [1, 1]), ([2, 3], [1, 1]), ([1, 1], [3, 2])] {
+                let conv = Conv { kh: k, kw: k, stride, padding: [1, 0, 3, 2], dilation };
+                let geometry = Geometry::new(input, conv).unwrap();
+                threads_in::<f32>(&geometry, &mut noise);
+                threads_in::<f64>(&geometry, &mut noise);
+            }
+        }
+    }
+}
+
+#[track_caller]
+fn refused<R>(result: Result<R, ShapeError>, words: &[&str]) {
+    let message = result.err().expect("should be refused").to_string();
+    assert!(words.iter().all(|word| message.contains(word)), "{message:?} lacks {words:?}");
+}
+
+#[test]
+fn empty_and_overflowing_batches_are_refused() {
+    for shape in [[0, 1, 1, 1], [1, 0, 1, 1], [1, 1, 0, 1], [1, 1, 1, 0], [0; 4]] {
+        refused(Batch::new(&shape), &["positive", &format!("{shape:?}")]);
+    }
+    // A zero is a zero whatever stands beside it.
+    refused(Batch::new(&[usize::MAX, usize::MAX, 0, 1]), &["positive"]);
+    let big = isize::MAX as usize;
+    for shape in [
+        [usize::MAX; 4],
+        [1, 1, 1, usize::MAX],
+        [1, 1, 1, big / 8 + 1],
+        [1 << 16, 1 << 16, 1 << 16, 1 << 16],
+        // The product wraps round to 0.
+        [1 << 32, 1 << 32, 1, 1],
+    ] {
+        refused(Batch::new(&shape), &["too large", &format!("{shape:?}")]);
+    }
+    assert_eq!(Batch::new(&[1, 1, 1, big / 8]).unwrap().size(), big / 8);
+    for shape in [&[][..], &[1], &[1, 1, 1], &[1, 1, 1, 1, 1]] {
+        refused(Batch::new(shape), &["(N, C, H, W)", &format!("{shape:?}")]);
+    }
+}
+
+#[test]
+fn impossible_convolutions_are_refused() {
+    let input = Batch::new(&[1, 1, 6, 7]).unwrap();
+    let conv = Conv { kh: 3, kw: 3, stride: [1, 1], padding: [0; 4], dilation: [1, 1] };
+    for (kh, kw) in [(0, 3), (3, 0)] {
+        refused(
+            Geometry::new(input, Conv { kh, kw, ..conv }),
+            &["positive", &format!("{kh}×{kw}")],
+        );
+    }
+    for pair in [[0, 1], [1, 0]] {
+        refused(Geometry::new(input, Conv { stride: pair, ..conv }), &["positive"]);
+        refused(Geometry::new(input, Conv { dilation: pair, ..conv }), &["positive"]);
+    }
+    refused(Geometry::new(input, Conv { kh: 7, ..conv }), &["7×3", "6×7"]);
+    refused(Geometry::new(input, Conv { kw: 8, ..conv }), &["3×8", "6×7"]);
+    refused(Geometry::new(input, Conv { dilation: [3, 1], ..conv }), &["7×3"]);
+    for huge in [usize::MAX, usize::MAX / 2, 1 << 60, (1 << 24) + 1] {
+        refused(Geometry::new(input, Conv { kh: huge, ..conv }), &["too large"]);
+        refused(Geometry::new(input, Conv { kw: huge, ..conv }), &["too large"]);
+        for i in 0..2 {
+            let with = |mut pair: [usize; 2]| {
+                pair[i] = huge;
+                pair
+            };
+            refused(Geometry::new(input, Conv { stride: with([1, 1]), ..conv }), &["too large"]);
+            refused(Geometry::new(input, Conv { dilation: with([1, 1]), ..conv }), &["too large"]);
+        }
+        for i in 0..4 {
+            let mut padding = [0; 4];
+            padding[i] = huge;
+            refused(Geometry::new(input, Conv { padding, ..conv }), &["too large"]);
+        }
+    }
+    // Padding that is allowed by itself, but not for so many planes.
+    let many = Batch::new(&[1 << 12, 1 << 12, 1, 1]).unwrap();
+    let wide = Conv { padding: [1 << 24; 4], ..conv };
+    refused(Geometry::new(many, wide), &["too large"]);
+    // The largest kernel that fits, and a stride beyond the input.
+    let all = Geometry::new(input, Conv { kh: 6, kw: 7, ..conv }).unwrap();
+    assert_eq!((all.oh, all.ow), (1, 1));
+    let one = Geometry::new(input, Conv { stride: [100, 100], ..conv }).unwrap();
+    assert_eq!((one.oh, one.ow), (1, 1));
+    for k in [0, 2, 4, 100] {
+        refused(Conv::same(k), &["odd", &k.to_string()]);
+    }
+}
+
+#[test]
+fn lengths_that_do_not_fit_are_refused() {
+    let input = Batch::new(&[2, 3, 5, 6]).unwrap();
+    let geometry = Geometry::new(input, Conv::same(3).unwrap()).unwrap();
+    let (x, w, b) = (&[0.0f32; 180][..], &[0.0f32; 27][..], &[0.0f32; 3][..]);
+    refused(depthwise_forward(&geometry, &x[1..], w, None, 1), &["x", "180", "179"]);
+    refused(depthwise_forward(&geometry, x, &w[1..], None, 1), &["weight", "27", "26"]);
+    refused(depthwise_forward(&geometry, x, w, Some(&b[1..]), 1), &["bias", "3", "2"]);
+    let backward = |grad, x, w| depthwise_backward(&geometry, grad, x, w, [true; 3], 1);
+    refused(backward(&x[1..], x, w), &["grad", "180", "179"]);
+    refused(backward(x, &x[1..], w), &["x", "180", "179"]);
+    refused(backward(x, x, &w[1..]), &["weight", "27", "26"]);
+}
+
+#[test]
+fn xunits_that_do_not_fit_are_refused() {
+    let batch = Batch::new(&[2, 3, 5, 6]).unwrap();
+    let (x, w, b) = (&[0.5f32; 180][..], &[0.5f32; 27][..], &[0.5f32; 3][..]);
+    let norm = Norm { weight: b, bias: b, stats: Some((b, b)), eps: 1e-5, training: false };
+    let full = XUnit {
+        variant: Variant::Full,
+        gate: Gate::Sigmoid,
+        kernel: 3,
+        pointwise: None,
+        weight: w,
+        bias: Some(b),
+        norm1: Some(norm),
+        norm2: Some(norm),
+    };
+    let pointwise = Some(Pointwise { weight: &x[..9], bias: Some(b) });
+    let forward = |unit: XUnit<'_, f32>| xunit_forward(&unit, batch, x, true, 1);
+    assert!(forward(full).is_ok());
+    refused(forward(XUnit { kernel: 4, ..full }), &["odd", "4"]);
+    refused(forward(XUnit { kernel: 0, ..full }), &["odd", "0"]);
+    refused(forward(XUnit { kernel: 5, ..full }), &["weight", "75", "27"]);
+    refused(forward(XUnit { bias: Some(w), ..full }), &["bias", "3", "27"]);
+    refused(forward(XUnit { pointwise, ..full }), &["pointwise"]);
+    refused(forward(XUnit { variant: Variant::Dense, ..full }), &["pointwise"]);
+    refused(forward(XUnit { variant: Variant::Slim, ..full }), &["slim"]);
+    for pointwise in [
+        Pointwise { weight: &x[..10], bias: Some(b) },
+        Pointwise { weight: &x[..9], bias: Some(w) },
+    ] {
+        let dense = XUnit { variant: Variant::Dense, pointwise: Some(pointwise), ..full };
+        refused(forward(dense), &["pointwise"]);
+    }
+    for bad in [
+        Norm { weight: w, ..norm },
+        Norm { bias: w, ..norm },
+        Norm { stats: Some((w, b)), ..norm },
+        Norm { stats: Some((b, w)), ..norm },
+    ] {
+        refused(forward(XUnit { norm1: Some(bad), ..full }), &["batch norm", "3", "27"]);
+        refused(forward(XUnit { norm2: Some(bad), ..full }), &["batch norm", "3", "27"]);
+    }
+    refused(xunit_forward(&full, batch, &x[1..], true, 1), &["x", "180", "179"]);
+
+    // One value a channel has no variance.
+    let one = Batch::new(&[1, 3, 1, 1]).unwrap();
+    let training = Some(Norm { stats: None, ..norm });
+    for unit in [XUnit { norm1: training, ..full }, XUnit { norm2: training, ..full }] {
+        refused(xunit_forward(&unit, one, b, true, 1), &["more than 1 value", "[1, 3, 1, 1]"]);
+    }
+    assert!(xunit_forward(&full, one, b, true, 1).is_ok());
+
+    let backward =
+        |unit: XUnit<'_, f32>, grad, d, p| xunit_backward(&unit, batch, grad, x, d, p, 1);
+    assert!(backward(full, x, x, None).is_ok());
+    refused(backward(full, &x[1..], x, None), &["grad", "180", "179"]);
+    refused(backward(full, x, &x[1..], None), &["d", "180", "179"]);
+    refused(backward(full, x, x, Some(x)), &["p", "dense"]);
+    refused(backward(XUnit { norm1: training, ..full }, x, x, None), &["statistics"]);
+    refused(backward(XUnit { norm2: training, ..full }, x, x, None), &["statistics"]);
+    let dense = XUnit { variant: Variant::Dense, pointwise, ..full };
+    assert!(backward(dense, x, x, Some(x)).is_ok());
+    refused(backward(dense, x, x, None), &["p", "dense"]);
+    refused(backward(dense, x, x, Some(&x[1..])), &["p", "180", "179"]);
+}
