@@ -16,7 +16,9 @@ from xunit_rs.modules import DepthwiseConv2d, xUnit  # noqa: E402
 
 BACKENDS = [
     "torch",
-    pytest.param("rust", marks=pytest.mark.skipif(_autograd._NO_CORE is not None, reason="no _core")),
+    pytest.param(
+        "rust", marks=pytest.mark.skipif(_autograd._NO_CORE is not None, reason="no _core")
+    ),
 ]
 GATES = ["sigmoid", "gaussian"]
 

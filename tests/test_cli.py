@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import inspect
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -59,6 +62,32 @@ def test_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").mkdir()
     assert denoise(source, tmp_path / "out") == 0
     assert (tmp_path / "out" / "a.b.png").exists()
+
+
+def test_what_a_photo_carries_is_kept(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = Image.new("RGB", (16, 12), (200, 100, 0))
+    photo.save(tmp_path / "a.jpg", exif=exif, icc_profile=b"profile" * 9, quality=50)
+    Image.fromarray(np.full((3, 4), 40001, np.uint16)).save(tmp_path / "b.png", dpi=(300, 300))
+    Image.new("RGBA", (4, 3), (200, 100, 0, 77)).save(tmp_path / "c.png")
+    photo.quantize(4).save(tmp_path / "d.png", transparency=0)
+    for name in ("a.jpg", "b.png", "c.png", "d.png"):
+        assert denoise(tmp_path / name, tmp_path / f"new-{name}") == 0
+    with Image.open(tmp_path / "new-a.jpg") as image, Image.open(tmp_path / "a.jpg") as old:
+        assert image.size == (16, 12)
+        assert image.getexif()[0x0112] == 6
+        assert image.info["icc_profile"] == b"profile" * 9
+        tables = image.quantization[0], old.quantization[0]  # type: ignore[attr-defined]
+        assert sum(tables[0]) < sum(tables[1]) / 5
+    with Image.open(tmp_path / "new-b.png") as image:
+        assert image.mode == "I;16"
+        assert set(np.asarray(image).ravel()) == {20000}
+        assert round(image.info["dpi"][0]) == 300
+    with Image.open(tmp_path / "new-c.png") as image:
+        assert image.getchannel("A").getextrema() == (77, 77)
+    with Image.open(tmp_path / "new-d.png") as image:
+        assert image.mode == "RGBA"
 
 
 def test_nothing_is_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,26 +179,23 @@ def test_interrupt(
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    class Terminal:
-        text = ""
-
+def test_progress_bar() -> None:
+    class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
-        def write(self, text: str) -> None:
-            self.text += text
-
-        def flush(self) -> None:
-            pass
-
-    terminal: Any = Terminal()
-    with cli._Progress(2, quiet=False, stream=terminal) as progress:
-        progress.start("a.png")
-        progress.say("a.png")
-        progress.start("b.png")
-    assert "0/2 a.png" in terminal.text and "[##########..........] 1/2 b.png" in terminal.text
-    assert capsys.readouterr().out == "a.png\n"
+    terminal = Terminal()
+    with cli._Bar(stream=terminal) as bar:
+        bar.show(0, 2, "a.png")
+        bar.clear()
+        bar.show(1, 2, "b.png")
+    text = terminal.getvalue()
+    assert "0/2 a.png" in text and "[##########..........] 1/2 b.png" in text
+    assert text.endswith("\r\x1b[K")
+    for quiet, stream in ((True, Terminal()), (False, io.StringIO())):
+        with cli._Bar(quiet=quiet, stream=stream) as bar:
+            bar.show(1, 2)
+        assert stream.getvalue() == ""
 
 
 def module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
@@ -181,47 +207,80 @@ def module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
     monkeypatch.setattr(xunit_rs, name, fake, raising=False)
 
 
-def test_train_passes_only_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_passes_only_what_was_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     calls: list[Any] = []
-    module(monkeypatch, "training", train=lambda *a, **k: calls.append((a, k)))
+
+    def train(*args: Any, **options: Any) -> Path:
+        calls.append((args, options))
+        return Path("o/xdncnn.safetensors")
+
+    module(monkeypatch, "training", train=train)
+    options = ["--steps", "5", "--patch-size", "32", "--resume"]
     assert cli.main(["train", "--data", "d", "--out", "o"]) == 0
-    assert cli.main("train --data d --out o --steps 5 --patch-size 32 --resume".split()) == 0
+    assert cli.main(["train", "--data", "d", "--out", "o", *options]) == 0
     assert calls[0] == ((Path("d"), Path("o")), {})
     assert calls[1] == (
         (Path("d"), Path("o")),
         {"steps": 5, "patch_size": 32, "resume": True},
     )
+    assert capsys.readouterr().out == "o/xdncnn.safetensors\n".replace("/", os.sep) * 2
+
+
+def test_train_has_an_option_for_every_argument() -> None:
+    from xunit_rs import training
+
+    arguments = set(inspect.signature(training.train).parameters) - {"data", "out", "resume"}
+    assert {name.replace("-", "_") for name, _, _ in cli._TRAIN_OPTIONS} == arguments
 
 
 def test_convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[Any] = []
-    module(monkeypatch, "checkpoints", convert=lambda *a: calls.append(a))
+    module(monkeypatch, "checkpoints", convert=lambda *a, **k: calls.append((*a, k)))
     assert cli.main(["convert", "a.pkl", "b.safetensors"]) == 0
-    assert calls == [(Path("a.pkl"), Path("b.safetensors"))]
+    assert cli.main(["convert", "a.pkl", "b.safetensors", "--overwrite"]) == 0
+    paths = (Path("a.pkl"), Path("b.safetensors"))
+    assert calls == [(*paths, {"overwrite": False}), (*paths, {"overwrite": True})]
+    assert capsys.readouterr().out == "b.safetensors\n" * 2
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'torch'", name="torch"),
+        ImportError("reading needs more", name="safetensors"),
+    ],
+)
 def test_commands_that_need_torch_say_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def train(*_: Any, **__: Any) -> None:
-        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+        raise error
 
     module(monkeypatch, "training", train=train)
     assert cli.main(["train", "--data", "d", "--out", "o"]) == 1
     assert "pip install 'xunit-rs[torch]'" in one_line(capsys.readouterr().err)
 
 
-def test_eval_prints_a_table_or_json(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def evaluate(denoiser: Any, folder: Any, sigma: float, protocol: str) -> Any:
-        return {"psnr": np.float64(29.25), "images": [{"name": "a"}], "sigma": sigma}
+def test_eval_prints_a_table_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "a.png")
+    save(tmp_path / "b.png", value=100)
+    options = ["eval", "--data", str(tmp_path), "--model", "fake"]
+    assert cli.main([*options, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["images"] == len(result["per_image"]) == 2
+    assert cli.main(options) == 0
+    assert f"psnr        {result['psnr']:.3f}\n" in capsys.readouterr().out
+    assert cli.main([*options, "--sigma", "-1"]) == 1
+    assert "sigma" in one_line(capsys.readouterr().err)
 
-    module(monkeypatch, "evaluation", evaluate=evaluate)
-    assert cli.main(["eval", "--data", "d", "--model", "fake"]) == 0
-    assert "29.250" in capsys.readouterr().out
-    assert cli.main(["eval", "--data", "d", "--model", "fake", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["psnr"] == 29.25
+
+def test_a_name_that_stdout_cannot_encode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert denoise(save(tmp_path / "\u03c3.png")) == 0
+    assert raw.getvalue().rstrip().endswith(b"\\u03c3-denoised.png")
 
 
 def test_as_a_module(tmp_path: Path) -> None:

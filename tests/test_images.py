@@ -6,6 +6,7 @@ import sys
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,11 @@ def test_metadata_survives(tmp_path: Path, suffix: str) -> None:
     exif[0x010E] = "hills"
     exif[0x0112] = 6
     image = pixels("RGB")
-    options = {"exif": exif.tobytes(), "icc_profile": b"profile" * 9, "dpi": (300, 300)}
+    options: dict[str, Any] = {
+        "exif": exif.tobytes(),
+        "icc_profile": b"profile" * 9,
+        "dpi": (300, 300),
+    }
     image.save(tmp_path / f"in{suffix}", **options)
     images.write(images.read(tmp_path / f"in{suffix}"), tmp_path / f"out{suffix}")
     with Image.open(tmp_path / f"out{suffix}") as back:

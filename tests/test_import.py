@@ -57,7 +57,7 @@ def test_every_public_name_is_there():
 
 
 def test_info_is_the_function_even_after_its_module_is_imported():
-    out = python("import xunit_rs.info, xunit_rs; print(callable(xunit_rs.info))")
+    out = python("import xunit_rs._info, xunit_rs; print(callable(xunit_rs.info))")
     assert out == "True\n"
 
 

@@ -13,7 +13,7 @@ def test_info_is_a_dict_that_prints_as_a_table() -> None:
     assert int(facts["threads"]) >= 1
     lines = str(facts).splitlines()
     assert len(lines) == len(facts)
-    assert len({line.index(value) for line, value in zip(lines, facts.values())}) <= 2
+    assert len({line.index(value) for line, value in zip(lines, facts.values(), strict=True)}) <= 2
 
 
 def test_info_imports_no_torch() -> None:

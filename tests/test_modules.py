@@ -16,7 +16,9 @@ from xunit_rs.modules import DepthwiseConv2d, Gaussian, xUnit, xUnitD, xUnitS  #
 UNITS = [xUnit, xUnitS, xUnitD]
 BACKENDS = [
     "torch",
-    pytest.param("rust", marks=pytest.mark.skipif(_autograd._NO_CORE is not None, reason="no _core")),
+    pytest.param(
+        "rust", marks=pytest.mark.skipif(_autograd._NO_CORE is not None, reason="no _core")
+    ),
 ]
 
 

@@ -47,9 +47,7 @@ def test_depthwise_is_bit_identical(shape, dtype, k, stride, dilation):
         y = _core.depthwise_conv2d(x, w, b, *geometry, threads)
         grad = random(y.shape, dtype, 3)
         needs = (True, True, True)
-        results.append(
-            (y, *_core.depthwise_conv2d_backward(grad, x, w, *geometry, needs, threads))
-        )
+        results.append((y, *_core.depthwise_conv2d_backward(grad, x, w, *geometry, needs, threads)))
     same(results)
 
 
@@ -57,26 +55,20 @@ def test_depthwise_is_bit_identical(shape, dtype, k, stride, dilation):
 @pytest.mark.parametrize("gate", ["sigmoid", "gaussian"])
 @pytest.mark.parametrize("variant", ["xunit", "slim", "dense"])
 def test_xunits_are_bit_identical(variant, gate, dtype):
-    n, c, h, w = shape = (3, 5, 33, 29)
+    shape, c = (3, 5, 33, 29), 5
     x, grad = random(shape, dtype, 0), random(shape, dtype, 1)
     weight, bias = random((c, 1, 9, 9), dtype, 2), random(c, dtype, 3)
     dense = variant == "dense"
-    pw = (
-        (random((c, c, 1, 1), dtype, 4), random(c, dtype, 5)) if dense else (None, None)
-    )
+    pw = (random((c, c, 1, 1), dtype, 4), random(c, dtype, 5)) if dense else (None, None)
     affine = (random(c, dtype, 6), random(c, dtype, 7))
     bn = (*affine, None, None, 1e-5)
     norms = (None if variant == "slim" else bn, bn)
     results = []
     for threads in THREADS:
-        forward = _core.xunit_forward(
-            variant, gate, x, *pw, weight, bias, *norms, True, threads
-        )
+        forward = _core.xunit_forward(variant, gate, x, *pw, weight, bias, *norms, True, threads)
         _, d, p, *stats = forward
         used = [None if s is None else (*affine, *s, 1e-5, True) for s in stats]
-        backward = _core.xunit_backward(
-            variant, gate, grad, x, d, p, pw[0], weight, *used, threads
-        )
+        backward = _core.xunit_backward(variant, gate, grad, x, d, p, pw[0], weight, *used, threads)
         results.append((*flat(forward), *backward))
     same(results)
 

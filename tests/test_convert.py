@@ -1,0 +1,589 @@
+"""find_relus, replace_relu and accelerate."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import pickle
+import warnings
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+from xunit_rs import (  # noqa: E402
+    DepthwiseConv2d,
+    accelerate,
+    find_relus,
+    modules,
+    replace_relu,
+    xUnit,
+    xUnitS,
+)
+
+
+class Reused(nn.Module):
+    """As torchvision's Bottleneck: one ReLU, called three times, with two channel counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 1)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1)
+        self.conv3 = nn.Conv2d(4, 6, 1)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.conv2(x))
+        return self.relu(self.conv3(x))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Reused()
+        self.tail = nn.Sequential(nn.Conv2d(6, 2, 1), nn.ReLU())
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(2 * 5 * 6, 3), nn.ReLU())
+
+    def forward(self, x):
+        return self.head(self.tail(self.block(x)))
+
+
+def image(*shape):
+    return torch.randn(shape or (2, 3, 5, 6), generator=torch.Generator().manual_seed(1))
+
+
+def simple():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+
+# ---------------------------------------------------------------- find_relus
+
+
+def test_one_record_per_call():
+    sites = find_relus(Net(), image())
+    assert [(s.name, s.call, s.channels, s.action) for s in sites] == [
+        ("block.relu", 0, 4, "convert"),
+        ("block.relu", 1, 4, "convert"),
+        ("block.relu", 2, 6, "convert"),
+        ("tail.1", 0, 2, "convert"),
+        ("head.2", 0, None, "skip"),
+    ]
+    assert sites[0].shapes == ((2, 4, 5, 6),)
+    assert "4-dimensional" in sites[4].reason
+
+
+def test_prints_as_a_table():
+    lines = str(find_relus(Net(), image())).splitlines()
+    assert lines[0].split() == ["name", "call", "shape", "channels", "action", "reason"]
+    assert lines[3].split()[:5] == ["block.relu", "2", "2×6×5×6", "6", "convert"]
+    assert repr(find_relus(Net(), image())).splitlines() == lines
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.relu = nn.ReLU()
+        self.inner = nn.Sequential(nn.Conv2d(4, 4, 1))
+
+    def forward(self, x):
+        x = self.relu(self.conv(x))
+        return torch.relu(F.relu(self.inner(x)).neg().relu())
+
+
+def test_functional_relus_are_seen_and_left():
+    sites = find_relus(Functional(), image())
+    assert [s.action for s in sites] == ["convert", "skip", "skip", "skip"]
+    assert all("functional" in s.reason and s.shapes == ((2, 4, 5, 6),) for s in sites[1:])
+    with pytest.warns(UserWarning, match="3 call"):
+        replace_relu(Functional(), image())
+
+
+def test_transformer_encoder_layer():
+    layer = nn.TransformerEncoderLayer(8, 2, 8, activation=nn.ReLU(), batch_first=True)
+    layer.eval()
+    (site,) = find_relus(layer, torch.randn(2, 3, 8))
+    assert site.action == "skip" and site.shapes == ((2, 3, 8),)
+    layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+    (site,) = find_relus(layer, torch.randn(2, 3, 8))
+    assert "functional" in site.reason
+
+
+def test_not_called_subclass_and_relu6():
+    class Mine(nn.ReLU):
+        pass
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU6(), Mine(), nn.ReLU())
+    model[0].spare = nn.ReLU()
+    sites = {s.name: s for s in find_relus(model, image())}
+    assert {n: s.action for n, s in sites.items()} == {
+        "1": "skip",
+        "2": "skip",
+        "3": "convert",
+        "0.spare": "skip",
+    }
+    assert "ReLU6" in sites["1"].reason and "Mine" in sites["2"].reason
+    assert "not called" in sites["0.spare"].reason
+
+
+def test_inside_units_and_root():
+    (site,) = find_relus(xUnit(3), image())
+    assert site.action == "skip" and "part of an xUnit" in site.reason
+    (site,) = find_relus(nn.ReLU(), image())
+    assert site.action == "skip" and "no module holds it" in site.reason
+    once = replace_relu(simple(), image())
+    with pytest.raises(ValueError, match="no ReLU to convert"):
+        replace_relu(once, image())
+
+
+def test_integer_input():
+    class Integer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu = nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(x.long())
+
+    (site,) = find_relus(Integer(), image())
+    assert site.action == "skip" and "int64" in site.reason
+
+
+@pytest.mark.parametrize("inputs", [image(), (image(),), [image()], {"x": image()}])
+def test_kinds_of_inputs(inputs):
+    assert find_relus(Net(), inputs)[0].channels == 4
+
+
+class Noisy(nn.Module):
+    """Everything a probe could disturb."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+        self.drop = nn.Dropout(0.5)
+        self.relu = nn.ReLU(inplace=True)
+        self.register_buffer("count", torch.zeros(()))
+        self.calls = []
+
+    def forward(self, x):
+        self.count += 1
+        self.calls.append(1)
+        x += torch.rand(())
+        return self.relu(self.drop(self.bn(x)))
+
+
+@pytest.mark.parametrize("run", [find_relus, replace_relu])
+def test_nothing_is_disturbed(run):
+    model = Noisy()
+    model.bn.eval()
+    before = copy.deepcopy(model.state_dict())
+    x, state = image(), torch.get_rng_state()
+    kept = x.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if run is find_relus:
+            run(model, x)
+            assert torch.equal(torch.get_rng_state(), state)
+        else:
+            run(model, x, unit=lambda c: nn.Identity())
+            assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(x, kept)
+    assert [m.training for m in model.modules()] == [True, False, True, True]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.calls == [] and not model._forward_hooks and not model.relu._forward_pre_hooks
+    assert torch.is_grad_enabled() and all(p.requires_grad for p in model.parameters())
+
+
+def test_lazy_parameters_stay_lazy():
+    model = nn.Sequential(nn.LazyConv2d(4, 1), nn.ReLU())
+    assert find_relus(model, image())[0].channels == 4
+    assert nn.parameter.is_lazy(model[0].weight)
+
+
+# ---------------------------------------------------------------- replace_relu
+
+
+def test_replaces_a_copy():
+    model = simple().eval()
+    new = replace_relu(model, image())
+    assert type(new) is nn.Sequential and type(model[1]) is nn.ReLU
+    assert type(new[1]) is xUnit and new[1].num_features == 4
+    assert not new[1].training and not new[1].features.training
+    assert torch.equal(new[0].weight, model[0].weight) and new[0].weight is not model[0].weight
+    x = image()
+    hidden = new[0](x)
+    torch.testing.assert_close(new(x), new[2](hidden * new[1].features(hidden)))
+
+
+def test_inplace():
+    model = simple()
+    weight = model[0].weight
+    assert replace_relu(model, image(), inplace=True) is model
+    assert type(model[1]) is xUnit and model[0].weight is weight
+
+
+def test_unit_is_any_callable():
+    unit = functools.partial(xUnitS, kernel_size=9, batch_norm=True, gate="gaussian")
+    new = replace_relu(simple(), image(), unit=unit)
+    assert type(new[1]) is xUnitS and new[1].features[0].kernel_size == (9, 9)
+    asked = []
+    replace_relu(Net(), image(), unit=lambda c: asked.append(c) or nn.PReLU(c))
+    assert asked == [4, 4, 6, 2]
+
+
+def test_filter():
+    seen = []
+
+    def only_the_tail(site):
+        seen.append(site.name)
+        return site.name.startswith("tail")
+
+    new = replace_relu(Net(), image(), filter_fn=only_the_tail)
+    assert type(new.block.relu) is nn.ReLU and type(new.tail[1]) is xUnit
+    assert seen == ["block.relu"] * 3 + ["tail.1"]
+
+
+def test_filter_of_single_calls():
+    new = replace_relu(Reused(), image(), filter_fn=lambda site: site.call != 1)
+    assert [type(m) for m in new.relu] == [xUnit, nn.ReLU, xUnit]
+    assert new.relu[1].inplace
+    assert new(image()).shape == (2, 6, 5, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtype_and_training(dtype):
+    new = replace_relu(simple().to(dtype), image().to(dtype))
+    assert all(p.dtype is dtype for p in new.parameters())
+    assert new[1].training and new(image().to(dtype)).dtype is dtype
+
+
+def test_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        new = replace_relu(simple(), image())
+        assert new(image()).dtype is torch.bfloat16
+    assert new[1].features[2].weight.dtype is torch.float32
+
+
+def test_meta_device():
+    new = replace_relu(simple().to("meta"), image().to("meta"))
+    assert all(p.device.type == "meta" for p in new.parameters())
+
+
+def test_split():
+    new = replace_relu(Reused(), image())
+    assert type(new) is Reused
+    assert [unit.num_features for unit in new.relu] == [4, 4, 6]
+    assert len({id(unit) for unit in new.relu}) == 3
+    x = image()
+    h = x
+    for i, conv in enumerate((lambda t: new.bn1(new.conv1(t)), new.conv2, new.conv3)):
+        h = conv(h)
+        h = h * new.relu[i].features(h)
+    torch.testing.assert_close(new(x), h)
+    torch.testing.assert_close(new(x), h)
+
+
+def test_split_trains_every_unit():
+    new = replace_relu(Net(), image(), unit=functools.partial(xUnit, batch_norm=True))
+    new(image()).sum().backward()
+    assert all(p.grad is not None for p in new.block.parameters())
+
+
+def test_split_after_an_interrupted_forward():
+    new = replace_relu(Reused(), image())
+    expected = new(image())
+    handle = new.conv3.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        new(image())
+    handle.remove()
+    torch.testing.assert_close(new(image()), expected)
+
+
+def test_split_refuses_a_call_too_many():
+    new = replace_relu(Reused(), image())
+    new(image())
+    with pytest.raises(RuntimeError, match=r"call 4 .* 3 times"):
+        new.relu(image(2, 4, 5, 6))
+
+
+def test_split_of_a_block_that_is_called_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.Sequential(nn.ReLU())
+
+        def forward(self, x):
+            return self.act(self.act(x))
+
+    model = nn.Sequential(Twice(), nn.Conv2d(3, 1, 1))
+    new = replace_relu(model, image())
+    assert len(new[0].act[0]) == 2
+    # The scope is Twice, not `act`, whose own forward would start over between the two calls.
+    assert list(new[0]._forward_pre_hooks) and not new[0].act._forward_pre_hooks
+    x = image()
+    h = x
+    for unit in new[0].act[0]:
+        h = h * unit.features(h)
+    torch.testing.assert_close(new(x), new[1](h))
+    torch.testing.assert_close(new[0](x), h)
+
+
+def test_aliases_in_a_sequential():
+    relu = nn.ReLU()
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), relu, nn.Conv2d(4, 6, 1), relu)
+    sites = find_relus(model, image())
+    assert [(s.name, s.channels, s.call) for s in sites] == [("1", 4, 0), ("3", 6, 0)]
+    new = replace_relu(model, image(), reused="error")
+    assert new[1].num_features == 4 and new[3].num_features == 6
+    new(image())
+
+
+def test_alias_of_a_block():
+    block = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
+    new = replace_relu(nn.Sequential(block, block), image())
+    assert new[0] is new[1] and len(new[0][1]) == 2
+    assert new(image()).shape == (2, 3, 5, 6)
+
+
+def test_share():
+    class Same(Reused):
+        def __init__(self):
+            super().__init__()
+            self.conv3 = nn.Conv2d(4, 4, 1)
+
+    new = replace_relu(Same(), image(), reused="share")
+    assert type(new.relu) is xUnit
+    new(image())
+    model = nn.Sequential(Reused(), nn.ReLU())
+    new = replace_relu(model, image(), reused="share")
+    assert type(new[0].relu) is nn.ReLU and type(new[1]) is xUnit
+    with pytest.raises(ValueError, match="called with 4, 4, 6 channels"):
+        replace_relu(Reused(), image(), reused="share")
+
+
+def test_skip_and_error():
+    new = replace_relu(Net(), image(), reused="skip")
+    assert type(new.block.relu) is nn.ReLU and type(new.tail[1]) is xUnit
+    with pytest.raises(ValueError, match=r"'block.relu' is called 3 times"):
+        replace_relu(Net(), image(), reused="error")
+
+
+def test_copy_pickle_and_state_dict():
+    new = replace_relu(Net(), image()).eval()
+    expected = new(image())
+    for again in (copy.deepcopy(new), pickle.loads(pickle.dumps(new))):
+        torch.testing.assert_close(again(image()), expected)
+        assert again.block.relu is not new.block.relu
+        # The hook is that of the copy.
+        (hook,) = again.block._forward_pre_hooks.values()
+        assert hook.__self__ is again.block.relu
+        again(image())
+    buffer = io.BytesIO()
+    torch.save(new.state_dict(), buffer)
+    buffer.seek(0)
+    other = replace_relu(Net(), image()).eval()
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    torch.testing.assert_close(other(image()), expected)
+    assert "block.relu.2.features.2.weight" in new.state_dict()
+
+
+def test_checkpointing_of_the_scope():
+    new = replace_relu(Reused(), image())
+    plain = copy.deepcopy(new)
+    plain(image()).sum().backward()
+    checkpoint(new, image().requires_grad_(), use_reentrant=False).sum().backward()
+    for a, b in zip(plain.parameters(), new.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_compiles_without_graph_breaks():
+    new = replace_relu(Net(), image()).eval()
+    compiled = torch.compile(new, backend="eager", fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(image()), new(image()))
+
+
+def test_hooks_carry_over():
+    model = simple()
+    calls = []
+    handle = model[1].register_forward_hook(lambda *_: calls.append(1))
+    new = replace_relu(model, image(), inplace=True)
+    calls.clear()
+    new(image())
+    assert calls == [1]
+    handle.remove()
+    new(image())
+    assert calls == [1]
+
+
+def test_a_unit_that_raises_leaves_the_model_whole():
+    def unit(channels):
+        if channels == 6:
+            raise KeyError(channels)
+        return xUnit(channels)
+
+    model = Net()
+    with pytest.raises(KeyError):
+        replace_relu(model, image(), unit=unit, inplace=True)
+    assert type(model.tail[1]) is nn.ReLU and type(model.block.relu) is nn.ReLU
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"model": "net"}, TypeError, "'net'"),
+        ({"example_inputs": 3}, TypeError, "not 3"),
+        ({"example_inputs": image(1, 7, 5, 6)}, ValueError, r"\(1, 7, 5, 6\)"),
+        ({"unit": 64}, TypeError, "64"),
+        ({"unit": lambda c: c}, TypeError, r"unit\(4\).*not 4"),
+        ({"filter_fn": "tail"}, TypeError, "'tail'"),
+        ({"reused": "copy"}, ValueError, "'copy'"),
+        ({"model": nn.Sequential(nn.Conv2d(3, 1, 1))}, ValueError, "Sequential has no ReLU"),
+        ({"model": torch.compile(simple())}, TypeError, "OptimizedModule"),
+    ],
+)
+def test_bad_arguments(arguments, error, match):
+    arguments = {"model": Net(), "example_inputs": image()} | arguments
+    with pytest.raises(error, match=match):
+        replace_relu(**arguments)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_script_modules():
+    script = torch.jit.script(simple())
+    with pytest.raises(TypeError, match="compiled"):
+        find_relus(script, image())
+    sites = find_relus(nn.Sequential(script, nn.ReLU()), image())
+    assert {s.name: s.action for s in sites} == {"0.1": "skip", "1": "convert"}
+
+
+# ---------------------------------------------------------------- accelerate
+
+
+def official(variant, channels=4, gate="sigmoid", product=True):
+    """A class as in the official code of 2021: not ours, but of the same name and layout."""
+
+    def init(self):
+        nn.Module.__init__(self)
+        unit = getattr(modules, variant)(channels, 5, True, gate=gate)
+        self.features = unit.features
+        if gate == "gaussian":
+            kind = type("Gaussian", (nn.Module,), {"forward": lambda _, x: torch.exp(-x * x)})
+            self.features[-1] = kind()
+
+    def forward(self, x):
+        return x * self.features(x) if product else self.features(x)
+
+    return type(variant, (nn.Module,), {"__init__": init, "forward": forward})()
+
+
+@pytest.mark.parametrize("variant", ["xUnit", "xUnitS", "xUnitD"])
+@pytest.mark.parametrize("gate", ["sigmoid", "gaussian"])
+def test_accelerate_official_units(variant, gate):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), official(variant, gate=gate))
+    plain = copy.deepcopy(model)
+    before = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert accelerate(model) is model
+    assert type(model[1]) is getattr(modules, variant)
+    after = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert list(after) == list(before) and all(after[k] is before[k] for k in before)
+    assert not isinstance(model[1]._parts(), str)
+    assert all(type(m) is not DepthwiseConv2d for m in model.modules())
+    for training in (True, False):
+        x = image()
+        torch.testing.assert_close(model.train(training)(x), plain.train(training)(x))
+    for a, b in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_accelerate_leaves_lookalikes():
+    different = official("xUnit", product=False)
+    assert type(accelerate(different)) is type(different)
+    hooked = official("xUnit")
+    hooked.features[1].register_forward_hook(lambda *_: None)
+    conv = hooked.features[2]
+    assert accelerate(hooked) is hooked
+    assert type(hooked.features[2]) is DepthwiseConv2d and hooked.features[2].weight is conv.weight
+    short = official("xUnit")
+    del short.features[3]
+    assert accelerate(short) is short
+    extra = official("xUnit")
+    extra.scale = nn.Parameter(torch.ones(()))
+    assert accelerate(extra) is extra
+
+
+CONVS = {
+    "plain": nn.Conv2d(4, 4, 7, padding=3, groups=4),
+    "stride": nn.Conv2d(4, 4, 3, stride=2, groups=4, bias=False),
+    "dilation": nn.Conv2d(4, 4, (3, 5), padding="same", dilation=2, groups=4),
+    "double": nn.Conv2d(4, 4, 3, groups=4, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_accelerate_depthwise(name):
+    conv = copy.deepcopy(CONVS[name]).eval()
+    conv.weight.requires_grad_(False)
+    new = accelerate(nn.Sequential(conv))[0]
+    assert type(new) is DepthwiseConv2d and not new.training
+    assert new.weight is conv.weight and new.bias is conv.bias
+    x = image(2, 4, 9, 11).to(conv.weight.dtype)
+    torch.testing.assert_close(new(x), conv(x))
+    assert repr(new).split("(", 1)[1] == repr(conv).split("(", 1)[1]
+
+
+def test_accelerate_leaves_other_convolutions():
+    hooked = nn.Conv2d(4, 4, 3, groups=4)
+    hooked.register_forward_hook(lambda *_: None)
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, groups=4))
+    saved = nn.Conv2d(4, 4, 3, groups=4)
+    saved.register_state_dict_post_hook(lambda *_: None)
+
+    class Mine(nn.Conv2d):
+        pass
+
+    convs = [
+        nn.Conv2d(4, 8, 3, groups=4),
+        nn.Conv2d(4, 4, 3, groups=2),
+        nn.Conv2d(4, 4, 3, padding=1, groups=4, padding_mode="reflect"),
+        hooked,
+        normed,
+        saved,
+        Mine(4, 4, 3, groups=4),
+        xUnit(4),
+    ]
+    model = accelerate(nn.ModuleList(convs))
+    assert all(a is b for a, b in zip(model, convs, strict=True))
+    assert type(model[-1].features[2]) is nn.Conv2d
+
+
+def test_accelerate_keeps_aliases_and_optimizers():
+    conv = nn.Conv2d(3, 3, 3, padding=1, groups=3)
+    model = nn.Sequential(conv, nn.Sequential(conv), nn.Conv2d(3, 1, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    accelerate(model)
+    assert type(model[0]) is DepthwiseConv2d and model[0] is model[1][0]
+    before = model[0].weight.detach().clone()
+    model(image()).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_accelerate_the_model_itself():
+    conv = nn.Conv2d(4, 4, 3, groups=4)
+    assert type(accelerate(conv)) is DepthwiseConv2d
+    assert type(accelerate(official("xUnitS"))) is xUnitS
+    unit = xUnit(3)
+    assert accelerate(unit) is unit
+
+
+def test_accelerate_bad_model():
+    with pytest.raises(TypeError, match="'net'"):
+        accelerate("net")
