@@ -3,6 +3,10 @@
 //! A pool is keyed by the process and its size and is never dropped: a forked child inherits the
 //! memory of its parent's pool but none of its threads, so that it would wait for ever on it.
 
+use std::any::Any;
+use std::ffi::c_void;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use rayon::prelude::*;
@@ -42,42 +46,178 @@ fn pool(threads: usize) -> Option<&'static ThreadPool> {
     Some(pool)
 }
 
-/// Runs `f(0)`, …, `f(tasks - 1)` on at most `threads` threads (0: [`default_threads`]).
+/// How many threads an operation may use, and whose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Threads {
+    /// So many of our own; 0 stands for [`default_threads`].
+    Own(usize),
+    /// So many of the host's, if it has lent them with [`lend`] in this process; else our own.
+    Host(usize),
+}
+
+/// The multiply-adds that are worth waking other threads for.
+const WORTH_WAKING: usize = 1 << 20;
+
+impl Threads {
+    /// These threads, or the caller alone where an operation of so many multiply-adds is over
+    /// before the others are awake.
+    pub fn for_work(self, operations: usize) -> Self {
+        if operations < WORTH_WAKING { Threads::Own(1) } else { self }
+    }
+}
+
+/// Runs a function on parts of a range in parallel and returns when all are done; not zero on
+/// failure: `torch_parallel_for` of PyTorch's C interface.
+pub type ParallelFor = unsafe extern "C" fn(
+    begin: i64,
+    end: i64,
+    grain: i64,
+    f: unsafe extern "C" fn(begin: i64, end: i64, context: *mut c_void),
+    context: *mut c_void,
+) -> i32;
+
+/// The host's function, and the process that lent it: a forked child has none of its threads.
+static HOST: Mutex<Option<(u32, ParallelFor)>> = Mutex::new(None);
+
+/// Lets [`Threads::Host`] run on the threads of the host. A pool of our own beside them loses most
+/// of its gain: after an operation the host's idle threads spin for milliseconds on the cores.
+///
+/// # Safety
+/// `parallel_for` must be as [`ParallelFor`] says, for the life of this process.
+pub unsafe fn lend(parallel_for: ParallelFor) {
+    *HOST.lock().unwrap_or_else(PoisonError::into_inner) = Some((std::process::id(), parallel_for));
+}
+
+/// What the threads of one [`for_each`] share.
+struct Work<'a> {
+    f: &'a (dyn Fn(usize) + Sync),
+    next: AtomicUsize,
+    tasks: usize,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+impl Work<'_> {
+    /// Works on tasks that nobody has begun, until there are none.
+    fn run(&self) {
+        let work = || {
+            loop {
+                let task = self.next.fetch_add(1, Ordering::Relaxed);
+                if task >= self.tasks {
+                    return;
+                }
+                (self.f)(task);
+            }
+        };
+        // No panic may cross the host's frames.
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
+            self.next.store(self.tasks, Ordering::Relaxed);
+            *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
+        }
+    }
+}
+
+/// A [`Work`] run by the host: once for every part of its range.
+unsafe extern "C" fn run_for_host(_: i64, _: i64, context: *mut c_void) {
+    // SAFETY: `for_each` hands in its own work, which outlives the call.
+    unsafe { &*context.cast::<Work<'_>>() }.run();
+}
+
+/// Runs `f(0)`, …, `f(tasks - 1)`, each once, on at most so many threads.
 ///
 /// The split into tasks is the caller's, so that results do not depend on the thread count. One
 /// thread or one task runs here, on the caller, and touches no pool.
-pub fn for_each(threads: usize, tasks: usize, f: impl Fn(usize) + Sync) {
-    let threads = if threads == 0 { default_threads() } else { threads };
-    // More threads than tasks have nothing to do, but a pool per odd task count would be a waste.
-    if threads > 1
-        && tasks > 1
-        && let Some(pool) = pool(threads.min(256))
-    {
-        pool.install(|| (0..tasks).into_par_iter().with_max_len(1).for_each(&f));
-        return;
+pub fn for_each(threads: Threads, tasks: usize, f: impl Fn(usize) + Sync) {
+    let (Threads::Own(count) | Threads::Host(count)) = threads;
+    let count = if count == 0 { default_threads() } else { count };
+    if count.min(tasks) < 2 {
+        return (0..tasks).for_each(f);
     }
-    (0..tasks).for_each(f);
+    let work = Work { f: &f, next: AtomicUsize::new(0), tasks, panic: Mutex::new(None) };
+    let host = match threads {
+        Threads::Host(_) => *HOST.lock().unwrap_or_else(PoisonError::into_inner),
+        Threads::Own(_) => None,
+    };
+    if let Some((process, parallel_for)) = host
+        && process == std::process::id()
+    {
+        let context = (&raw const work).cast_mut().cast();
+        let workers = count.min(tasks) as i64;
+        // SAFETY: `lend`'s caller vouches for the function; `work` lives until it returns.
+        unsafe { parallel_for(0, workers, 1, run_for_host, context) };
+    } else if let Some(pool) = pool(count.min(256)) {
+        // More threads than tasks have nothing to do, but a pool per odd task count is a waste.
+        pool.install(|| {
+            (0..count.min(tasks)).into_par_iter().with_max_len(1).for_each(|_| work.run())
+        });
+    }
+    // What is left if the host failed, or the system refused threads.
+    work.run();
+    let panic = work.panic.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if let Some(panic) = panic {
+        resume_unwind(panic);
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
-
     use super::*;
+
+    fn every_task_runs_once(threads: Threads) {
+        for tasks in [0, 1, 2, 5, 64] {
+            let runs: Vec<_> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+            for_each(threads, tasks, |i| {
+                runs[i].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(
+                runs.iter().all(|r| r.load(Ordering::Relaxed) == 1),
+                "{threads:?}, tasks {tasks}"
+            );
+        }
+    }
+
+    /// A host of two threads, which fails where it is asked for three.
+    unsafe extern "C" fn two_threads(
+        begin: i64,
+        end: i64,
+        _: i64,
+        f: unsafe extern "C" fn(i64, i64, *mut c_void),
+        context: *mut c_void,
+    ) -> i32 {
+        if end == 3 {
+            return 1;
+        }
+        let context = context as usize;
+        std::thread::scope(|scope| {
+            for part in [(begin, 1), (1, end)] {
+                // SAFETY: the context lives until this returns.
+                scope.spawn(move || unsafe { f(part.0, part.1, context as *mut c_void) });
+            }
+        });
+        0
+    }
 
     #[test]
     fn every_task_runs_once_at_any_thread_count() {
-        for threads in [0, 1, 2, 3, 7] {
-            for tasks in [0, 1, 2, 5, 64] {
-                let runs: Vec<_> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-                for_each(threads, tasks, |i| {
-                    runs[i].fetch_add(1, Ordering::Relaxed);
-                });
-                assert!(
-                    runs.iter().all(|r| r.load(Ordering::Relaxed) == 1),
-                    "threads {threads}, tasks {tasks}"
-                );
-            }
+        for count in [0, 1, 2, 3, 7] {
+            every_task_runs_once(Threads::Own(count));
+            every_task_runs_once(Threads::Host(count));
+        }
+        // SAFETY: the function is as it should be.
+        unsafe { lend(two_threads) };
+        for count in [1, 2, 3] {
+            every_task_runs_once(Threads::Host(count));
+        }
+        let panics = || for_each(Threads::Host(2), 5, |i| assert!(i != 3, "task 3"));
+        let panic = catch_unwind(panics).unwrap_err();
+        assert!(panic.downcast_ref::<&str>().is_some_and(|text| text.contains("task 3")));
+        *HOST.lock().unwrap() = None;
+    }
+
+    #[test]
+    fn a_panic_in_a_task_is_a_panic_of_the_call() {
+        for threads in [Threads::Own(1), Threads::Own(2)] {
+            let panics = || for_each(threads, 5, |i| assert!(i != 3, "task 3"));
+            assert!(catch_unwind(panics).is_err());
         }
     }
 }

@@ -121,10 +121,8 @@ pub trait Kernel<T: Scalar> {
 /// Vector operations of one instruction set on elements of type `T`.
 pub trait Simd<T: Scalar>: Copy {
     type V: Copy;
-    /// Column vectors and rows of the convolution's register tile.
-    ///
-    /// 32 vector registers (AVX-512, NEON) hold 4 × 4 accumulators with their operands, 16 hold
-    /// 4 × 2.
+    /// Column vectors of the widest register tile: 4 where there are 32 vector registers (AVX-512,
+    /// NEON), 2 where there are 16.
     const TILE_VECTORS: usize;
     /// Lanes of a vector.
     fn lanes(self) -> usize;
@@ -137,6 +135,8 @@ pub trait Simd<T: Scalar>: Copy {
     /// # Safety
     /// `ptr` must be valid for reading `n` ≤ `lanes` elements.
     unsafe fn load_first(self, ptr: *const T, n: usize) -> Self::V;
+    /// Asks for the cache line at `ptr`, which may point anywhere.
+    fn prefetch(self, ptr: *const T);
     /// # Safety
     /// `ptr` must be valid for writing `lanes` elements.
     unsafe fn store(self, x: Self::V, ptr: *mut T);
@@ -181,6 +181,10 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
         let ops = self.0.f32();
         // SAFETY: the mask is set for the first `n` lanes alone, which the caller vouches for.
         unsafe { ops.load_ptr_mask(ptr, ops.first_n_mask(n)) }
+    }
+    #[inline(always)]
+    fn prefetch(self, ptr: *const f32) {
+        self.0.f32().prefetch(ptr);
     }
     #[inline(always)]
     unsafe fn store(self, x: I::F32, ptr: *mut f32) {
@@ -263,6 +267,8 @@ impl Simd<f64> for F64 {
         unsafe { std::ptr::copy_nonoverlapping(ptr, x.as_mut_ptr(), n) };
         x
     }
+    #[inline(always)]
+    fn prefetch(self, _: *const f64) {}
     #[inline(always)]
     unsafe fn store(self, x: Self::V, ptr: *mut f64) {
         // SAFETY: the caller vouches for eight writable elements.

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use xunit_rs::net::{NetError, Network};
+use xunit_rs::parallel::Threads;
 
 const FEATURES: usize = 8;
 const DEPTH: usize = 3;
@@ -236,7 +237,7 @@ fn networks_agree_with_the_naive_twin() {
             let network = model.network();
             for (h, w) in sizes {
                 let image = Noise(7).image(channels * h * w);
-                let clean = network.denoise(&image, channels, h, w, 0, 1).unwrap();
+                let clean = network.denoise(&image, channels, h, w, 0, Threads::Own(1)).unwrap();
                 let twin = model.twin(&image, h, w);
                 assert_eq!(clean.len(), twin.len());
                 for (i, (&clean, &twin)) in clean.iter().zip(&twin).enumerate() {
@@ -257,9 +258,9 @@ fn tiles_change_no_bit() {
         // The halo is 10 or 11: some tiles are smaller, none divides the image.
         for (h, w) in [(37, 131), (1, 50), (50, 1)] {
             let image = Noise(3).image(2 * h * w);
-            let whole = network.denoise(&image, 2, h, w, 0, 1).unwrap();
+            let whole = network.denoise(&image, 2, h, w, 0, Threads::Own(1)).unwrap();
             for tile in [4, 7, 16, 36, 1000, usize::MAX] {
-                let tiled = network.denoise(&image, 2, h, w, tile, 1).unwrap();
+                let tiled = network.denoise(&image, 2, h, w, tile, Threads::Own(1)).unwrap();
                 assert!(tiled == whole, "{architecture}, {h}×{w}, tile {tile}");
             }
         }
@@ -273,9 +274,9 @@ fn threads_change_no_bit() {
         let (h, w) = (45, 67);
         let image = Noise(5).image(h * w);
         for tile in [0, 20] {
-            let one = network.denoise(&image, 1, h, w, tile, 1).unwrap();
+            let one = network.denoise(&image, 1, h, w, tile, Threads::Own(1)).unwrap();
             for threads in [0, 2, 3, 7] {
-                let many = network.denoise(&image, 1, h, w, tile, threads).unwrap();
+                let many = network.denoise(&image, 1, h, w, tile, Threads::Own(threads)).unwrap();
                 assert!(many == one, "{architecture}, tile {tile}, {threads} threads");
             }
         }
@@ -289,7 +290,7 @@ fn a_nan_stays_within_the_halo() {
     let mut image = Noise(9).image(h * w);
     image[0] = f32::NAN;
     for tile in [0, 8] {
-        let clean = network.denoise(&image, 1, h, w, tile, 1).unwrap();
+        let clean = network.denoise(&image, 1, h, w, tile, Threads::Own(1)).unwrap();
         for (i, clean) in clean.iter().enumerate() {
             let inside = i / w <= network.halo() && i % w <= network.halo();
             assert!(inside || clean.is_finite(), "tile {tile}, pixel {i}");
@@ -315,7 +316,10 @@ fn float64_files_and_files_without_metadata_load() {
     for architecture in ARCHITECTURES {
         let mut model = Model::new(architecture, 1);
         let denoise = |bytes: &[u8]| {
-            Network::from_bytes(bytes).unwrap().denoise(&image, 1, 12, 12, 0, 1).unwrap()
+            Network::from_bytes(bytes)
+                .unwrap()
+                .denoise(&image, 1, 12, 12, 0, Threads::Own(1))
+                .unwrap()
         };
         let wanted = denoise(&model.bytes());
         assert!(denoise(&model.bytes_as(Dtype::F64)) == wanted);
@@ -330,7 +334,8 @@ fn float64_files_and_files_without_metadata_load() {
 fn the_metadata_choose_the_gate() {
     let mut model = Model::new("xdncnn-2018", 1);
     let image = Noise(1).image(12 * 12);
-    let denoise = |model: &Model| model.network().denoise(&image, 1, 12, 12, 0, 1).unwrap();
+    let denoise =
+        |model: &Model| model.network().denoise(&image, 1, 12, 12, 0, Threads::Own(1)).unwrap();
     let own = denoise(&model);
     model.metadata.insert("gate".to_owned(), "gaussian".to_owned());
     assert!(denoise(&model) == own);
@@ -347,7 +352,7 @@ fn images_that_do_not_fit_are_refused() {
         h,
         w,
         0,
-        1,
+        Threads::Own(1),
     ) {
         Err(error @ NetError::Image(_)) => error.to_string(),
         other => panic!("{other:?}"),
@@ -525,7 +530,7 @@ fn damaged_files_never_panic() {
         }
         if let Ok(network) = Network::from_bytes(&bytes) {
             loaded += 1;
-            network.denoise(&image, network.channels(), 3, 3, 2, 1).unwrap();
+            network.denoise(&image, network.channels(), 3, 3, 2, Threads::Own(1)).unwrap();
         }
     }
     // Flipped weights are still weights.

@@ -3,13 +3,14 @@
 
 mod common;
 
+use common::owned::{
+    XUnitForward, XUnitGradients, depthwise_backward, depthwise_forward, xunit_backward,
+    xunit_forward,
+};
 use common::{Noise, close, close_beside, flat, on_every_isa, same_bits};
 use ndarray::{Array4, s};
 use xunit_rs::kernels::activation::Gate;
-use xunit_rs::ops::{
-    Norm, Pointwise, Variant, XUnit, XUnitForward, XUnitGradients, depthwise_backward,
-    depthwise_forward, xunit_backward, xunit_forward,
-};
+use xunit_rs::ops::{Norm, Pointwise, Variant, XUnit, XUnitSaved};
 use xunit_rs::reference::{self, Stats};
 use xunit_rs::shape::{Batch, Conv, Geometry, ShapeError};
 use xunit_rs::simd::Scalar;
@@ -107,7 +108,7 @@ struct Owned<T> {
 struct OwnedNorm<T> {
     weight: Vec<T>,
     bias: Vec<T>,
-    stats: Option<(Vec<T>, Vec<T>)>,
+    stats: Option<(Vec<f64>, Vec<f64>)>,
     eps: f64,
     training: bool,
 }
@@ -172,7 +173,8 @@ impl<T: Scalar> Owned<T> {
             }
         }
         let (d, p) = (forward.d.as_deref().unwrap(), forward.p.as_deref());
-        let gradients = xunit_backward(&self.unit(), batch, grad, x, d, p, threads).unwrap();
+        let gradients =
+            xunit_backward(&self.unit(), batch, grad, XUnitSaved { x, d, p }, threads).unwrap();
         for norm in self.norms.iter_mut().flatten().filter(|norm| norm.training) {
             norm.stats = None;
         }
@@ -207,12 +209,13 @@ fn matches_reference<T: Scalar>(
     };
     close(&forward.out, &want.out, name("out"));
     close(&forward.d.unwrap(), &want.d, name("d"));
-    let stats = |got: Option<(Vec<T>, Vec<T>)>, want: Option<Stats>, what| {
+    let stats = |got: Option<(Vec<f64>, Vec<f64>)>, want: Option<Stats>, what| {
         assert_eq!(got.is_some(), want.is_some(), "{what}");
         if let (Some(got), Some(want)) = (got, want) {
             // A mean is judged beside the spread it was taken over.
-            close_beside(&got.0, &want.0, largest(&want.1).sqrt(), name(what));
-            close(&got.1, &want.1, name(what));
+            let (mean, var) = (common::cast::<T>(&got.0), common::cast::<T>(&got.1));
+            close_beside(&mean, &want.0, largest(&want.1).sqrt(), name(what));
+            close(&var, &want.1, name(what));
         }
     };
     stats(forward.stats1, want.stats1, "statistics 1");
@@ -314,10 +317,52 @@ fn large_planes_keep_their_digits() {
         close(&got.out, &want.out, || format!("out, {kind:?}"));
         for (got, want) in [(got.stats1, want.stats1), (got.stats2, want.stats2)] {
             if let (Some(got), Some(want)) = (got, want) {
-                close(&got.0, &want.0, || format!("mean, {kind:?}"));
-                close(&got.1, &want.1, || format!("variance, {kind:?}"));
+                let (mean, var) = (common::cast::<f32>(&got.0), common::cast::<f32>(&got.1));
+                close(&mean, &want.0, || format!("mean, {kind:?}"));
+                close(&var, &want.1, || format!("variance, {kind:?}"));
             }
         }
+    }
+}
+
+/// An outlier in the first pixel, which a sum of squares about it would not survive.
+#[test]
+fn an_outlier_leaves_the_variance_its_digits() {
+    let mut noise = Noise::new(3);
+    for (h, w) in [(64, 64), (300, 300)] {
+        for variant in [Variant::Full, Variant::Slim] {
+            let first = if variant == Variant::Slim { Mode::None } else { Mode::Training };
+            let kind = (variant, Gate::Sigmoid, [first, Mode::Training]);
+            let batch = Batch::new(&[2, 2, h, w]).unwrap();
+            let unit = unit(&mut noise, batch.c, kind, 7, true);
+            let mut x = noise.array((2, 2, h, w)) * 1e-3;
+            x.slice_mut(s![.., .., 0, 0]).fill(100.0);
+            let want = reference::xunit(&unit, &x);
+            let (got, _) = Owned::<f32>::new(&unit).run(batch, &flat(&x), &flat(&x), 2);
+            for (got, want) in [(got.stats1, want.stats1), (got.stats2, want.stats2)] {
+                if let (Some((_, got)), Some((_, want))) = (got, want) {
+                    let case = || format!("variance, {h} × {w}, {kind:?}");
+                    close(&common::cast::<f32>(&got), &want, case);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn running_statistics_follow_the_batch() {
+    let mut noise = Noise::new(12);
+    let kind = (Variant::Full, Gate::Sigmoid, [Mode::Training; 2]);
+    let batch = Batch::new(&[2, 3, 5, 7]).unwrap();
+    let (unit, x) = unit_and_input(&mut noise, batch, kind, 3, true);
+    let (got, _) = Owned::<f32>::new(&unit).run(batch, &flat(&x), &flat(&x), 2);
+    for (stats, running) in [(got.stats1, got.running1), (got.stats2, got.running2)] {
+        let ((mean, var), (running_mean, running_var)) = (stats.unwrap(), running.unwrap());
+        let want: Vec<_> = mean.iter().map(|mean| 0.25 * mean).collect();
+        close(&running_mean, &want, || "running mean".to_owned());
+        // The running variance is the unbiased one, of 70 values.
+        let want: Vec<_> = var.iter().map(|var| 0.75 + 0.25 * var * 70.0 / 69.0).collect();
+        close(&running_var, &want, || "running variance".to_owned());
     }
 }
 
@@ -381,7 +426,7 @@ fn xunits_have_the_same_bits_at_every_thread_count() {
             (common::cast(&noise.vec(batch.size())), common::cast(&noise.vec(batch.size())));
         let outputs = |threads| {
             let (f, g) = Owned::<T>::new(unit).run(batch, &x, &grad, threads);
-            let pairs = [f.stats1, f.stats2, g.norm1, g.norm2].into_iter().flatten();
+            let pairs = [f.running1, f.running2, g.norm1, g.norm2].into_iter().flatten();
             let rest = [f.d, f.p, g.pointwise_weight, g.pointwise_bias].into_iter().flatten();
             let all = [f.out, g.x, g.weight, g.bias].into_iter().chain(rest);
             all.chain(pairs.flat_map(|(a, b)| [a, b])).collect::<Vec<_>>()
@@ -537,7 +582,9 @@ fn lengths_that_do_not_fit_are_refused() {
 fn xunits_that_do_not_fit_are_refused() {
     let batch = Batch::new(&[2, 3, 5, 6]).unwrap();
     let (x, w, b) = (&[0.5f32; 180][..], &[0.5f32; 27][..], &[0.5f32; 3][..]);
-    let norm = Norm { weight: b, bias: b, stats: Some((b, b)), eps: 1e-5, training: false };
+    let (given, many) = (&[0.5; 3][..], &[0.5; 27][..]);
+    let stats = Some((given, given));
+    let norm = Norm { weight: b, bias: b, stats, eps: 1e-5, training: false };
     let full = XUnit {
         variant: Variant::Full,
         gate: Gate::Sigmoid,
@@ -568,8 +615,8 @@ fn xunits_that_do_not_fit_are_refused() {
     for bad in [
         Norm { weight: w, ..norm },
         Norm { bias: w, ..norm },
-        Norm { stats: Some((w, b)), ..norm },
-        Norm { stats: Some((b, w)), ..norm },
+        Norm { stats: Some((many, given)), ..norm },
+        Norm { stats: Some((given, many)), ..norm },
     ] {
         refused(forward(XUnit { norm1: Some(bad), ..full }), &["batch norm", "3", "27"]);
         refused(forward(XUnit { norm2: Some(bad), ..full }), &["batch norm", "3", "27"]);
@@ -584,8 +631,9 @@ fn xunits_that_do_not_fit_are_refused() {
     }
     assert!(xunit_forward(&full, one, b, true, 1).is_ok());
 
-    let backward =
-        |unit: XUnit<'_, f32>, grad, d, p| xunit_backward(&unit, batch, grad, x, d, p, 1);
+    let backward = |unit: XUnit<'_, f32>, grad, d, p| {
+        xunit_backward(&unit, batch, grad, XUnitSaved { x, d, p }, 1)
+    };
     assert!(backward(full, x, x, None).is_ok());
     refused(backward(full, &x[1..], x, None), &["grad", "180", "179"]);
     refused(backward(full, x, &x[1..], None), &["d", "180", "179"]);

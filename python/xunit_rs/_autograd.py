@@ -6,13 +6,14 @@ plain definition the caller passed in as `fallback`; `_obstacle` is the list of 
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
@@ -28,12 +29,29 @@ except ImportError as error:  # a source tree without the compiled extension
 else:
     _NO_CORE = None
 
+
+def _parallel_for() -> int | None:
+    """The address of torch's own thread pool, in its C interface since 2.10; None without it."""
+    name = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(
+        sys.platform, "libtorch_cpu.so"
+    )
+    try:
+        library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", name))
+        return ctypes.cast(library.torch_parallel_for, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
+# Whether the kernels take tensors; else, before torch 2.10, they are handed over as numpy arrays.
+_TAKES_TENSORS = _NO_CORE is None and _core.use_torch(
+    Tensor, getattr(Tensor, "__dlpack_c_exchange_api__", None), _parallel_for()
+)
+
 BACKENDS = ("auto", "rust", "torch")
 GATES = ("sigmoid", "gaussian")
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
 
-Array = NDArray[Any]
 Vector = Tensor | None
 
 
@@ -109,22 +127,20 @@ def xunit(
     if x.numel() == 0:
         return fallback()
 
-    frozen = [_resolve(bn, live) for bn, live in zip(norms, training, strict=True)]
     values = x.numel() // x.shape[1]
-    if values == 1 and any(bn is not None and bn.mean is None for bn in frozen):
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {x.size()}"
-        )
-    call = _Unit(variant, gate, frozen[0], frozen[1])
+    for bn, live in zip(norms, training, strict=True):
+        if values == 1 and bn is not None and (live or bn.running_mean is None):
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {x.size()}"
+            )
+    frozen = tuple(_resolve(bn, live) for bn, live in zip(norms, training, strict=True))
     affine = [t for bn in norms for t in (bn[:2] if bn is not None else (None, None))]
     inputs = (*operands, *affine)
+    call = _Unit(variant, gate, frozen)
     if _needs_graph(inputs):
         out: Tensor = _XUnit.apply(*inputs, call)
     else:
-        out = _unit_forward(inputs, call, save=False).out
-    for bn, live, stats in zip(norms, training, call.stats, strict=True):
-        if live and bn is not None and stats is not None:
-            _update_running(bn, stats, values)
+        out, _, _ = _unit_forward(inputs, call, save=False)
     return out
 
 
@@ -136,7 +152,10 @@ def _obstacle(x: Tensor, parameters: Sequence[Vector], norms: Sequence[Vector]) 
     reason = _NO_CORE or _mode()
     if reason is not None:
         return reason
-    for t in (x, *parameters, *norms):
+    tensors = (x, *parameters, *norms)
+    if _core.is_plain(tensors, Parameter):
+        return None
+    for t in tensors:
         if t is not None:
             reason = _not_plain(t)
             if reason is not None:
@@ -184,8 +203,10 @@ def _not_plain(t: Tensor) -> str | None:
         return f"a tensor is not strided ({t.layout})"
     if t.dtype not in _DTYPES:
         return f"a tensor is {t.dtype}"
-    if t._is_zerotensor():  # has no memory behind it
-        return "a tensor is a ZeroTensor"
+    if t._is_zerotensor() or not torch._C._has_storage(t):
+        return "a tensor has no memory behind it"
+    if t.data_ptr() % t.element_size():
+        return "a tensor's memory is not aligned to its elements"
     return None
 
 
@@ -200,43 +221,45 @@ def _autocast_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-# ---------------------------------------------------------------- to and from numpy
+# ---------------------------------------------------------------- handover
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def _array(t: Tensor, dtype: torch.dtype) -> Array:
-    t = t.detach()
+def _ready(t: Tensor, dtype: torch.dtype) -> Any:
+    """What the kernels read of `t`: contiguous, of `dtype`; a tensor, or an array of old torch."""
     if t.dtype is not dtype:
         t = t.to(dtype)
+    if not t.is_contiguous():
+        t = t.contiguous()
     if t.is_neg():
         t = t.resolve_neg()
-    array: Array = t.contiguous().numpy()
-    return array if array.flags.aligned else array.copy()
+    return t if _TAKES_TENSORS else t.detach().numpy()
 
 
-def _optional(t: Tensor | None, dtype: torch.dtype) -> Array | None:
-    return None if t is None else _array(t, dtype)
+def _optional(t: Tensor | None, dtype: torch.dtype) -> Any:
+    return None if t is None else _ready(t, dtype)
 
 
-def _tensor(array: Array, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """`array` as a tensor of `dtype`, channels_last if `like` is."""
-    t = torch.from_numpy(array)
+def _to_write(t: Tensor | None) -> Any:
+    """A tensor that the kernels write, as they take it."""
+    return t if t is None or _TAKES_TENSORS else t.numpy()
+
+
+def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor of that shape, of any content."""
+    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _given_back(t: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """`t` as a tensor of `dtype`, channels_last if `like` is."""
     if t.dtype is not dtype:
         t = t.to(dtype)
-    if t.dim() == 4 and _is_channels_last(like):
+    if not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last):
         t = t.contiguous(memory_format=torch.channels_last)
     return t
-
-
-def _is_channels_last(t: Tensor) -> bool:
-    return (
-        t.dim() == 4
-        and not t.is_contiguous()
-        and t.is_contiguous(memory_format=torch.channels_last)
-    )
 
 
 # ---------------------------------------------------------------- depthwise convolution
@@ -251,16 +274,24 @@ class _Conv(NamedTuple):
 
 def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Conv) -> Tensor:
     dtype = _compute_dtype(x.dtype)
-    y = _core.depthwise_conv2d(
-        _array(x, dtype),
-        _array(weight, dtype),
+    size = (
+        (x.shape[i + 2] + sum(call.padding[2 * i : 2 * i + 2]) - call.dilation[i] * (k - 1) - 1)
+        // call.stride[i]
+        + 1
+        for i, k in enumerate(weight.shape[2:])
+    )
+    y = torch.empty((*x.shape[:2], *size), dtype=dtype)
+    _core.depthwise_conv2d(
+        _ready(x, dtype),
+        _ready(weight, dtype),
         _optional(bias, dtype),
         call.stride,
         call.padding,
         call.dilation,
+        _to_write(y),
         torch.get_num_threads(),
     )
-    return _tensor(y, x, call.out_dtype)
+    return _given_back(y, x, call.out_dtype)
 
 
 class _DepthwiseConv2d(torch.autograd.Function):
@@ -282,17 +313,21 @@ class _DepthwiseConv2d(torch.autograd.Function):
             return *_replay(saved, needs, grad, lambda t: _conv_reference(t, call)), None
 
         dtype = _compute_dtype(x.dtype)
-        gx, gweight, gbias = _core.depthwise_conv2d_backward(
-            _array(grad, dtype),
-            _array(x, dtype),
-            _array(weight, dtype),
+        grads = [
+            _empty(t, dtype) if need and t is not None else None
+            for t, need in zip(saved, needs, strict=True)
+        ]
+        _core.depthwise_conv2d_backward(
+            _ready(grad, dtype),
+            _ready(x, dtype),
+            _ready(weight, dtype),
             call.stride,
             call.padding,
             call.dilation,
-            needs,
+            *map(_to_write, grads),
             torch.get_num_threads(),
         )
-        return *_gradients((gx, gweight, gbias), saved, needs), None
+        return *_gradients(grads, saved, needs), None
 
 
 def _conv_reference(inputs: Sequence[Vector], call: _Conv) -> Tensor:
@@ -308,86 +343,103 @@ def _conv_reference(inputs: Sequence[Vector], call: _Conv) -> Tensor:
 
 
 class _Norm(NamedTuple):
-    """One BN of one call; mean None = the batch's own statistics."""
+    """One BN of one call: of the statistics given, or (mean None) of the batch's own.
+
+    running: (mean, var, weight of this batch) to be updated by the kernel.
+    """
 
     eps: float
     mean: Tensor | None
     var: Tensor | None
+    running: tuple[Tensor, Tensor, float] | None
 
 
-class _Unit:
+class _Unit(NamedTuple):
     """One xUnit call. Not a tensor argument, so what it holds is out of autograd's sight."""
 
-    __slots__ = ("gate", "norms", "stats", "variant")
-
-    def __init__(self, variant: str, gate: str, bn1: _Norm | None, bn2: _Norm | None) -> None:
-        self.variant = variant
-        self.gate = gate
-        self.norms = (bn1, bn2)
-        self.stats: tuple[tuple[Tensor, Tensor] | None, ...] = (None, None)
+    variant: str
+    gate: str
+    norms: tuple[_Norm | None, ...]
 
 
-class _Forward(NamedTuple):
-    out: Tensor
-    d: Tensor | None
-    p: Tensor | None
+Statistics = tuple[Tensor, Tensor] | None
 
 
 def _resolve(bn: BatchNormState | None, live: bool) -> _Norm | None:
     if bn is None:
         return None
-    if live or bn.running_mean is None:
-        return _Norm(bn.eps, None, None)
-    return _Norm(bn.eps, bn.running_mean, bn.running_var)
+    if not live and bn.running_mean is not None:
+        return _Norm(bn.eps, bn.running_mean, bn.running_var, None)
+    if live and bn.running_mean is not None and bn.running_var is not None:
+        factor = reference.advance(bn)
+        return _Norm(bn.eps, None, None, (bn.running_mean, bn.running_var, factor))
+    return _Norm(bn.eps, None, None, None)
 
 
-def _affine(
-    weight: Tensor | None, bias: Tensor | None, channels: int, dtype: torch.dtype
-) -> tuple[Array, Array]:
-    kind = np.float64 if dtype is torch.float64 else np.float32
-    return (
-        np.ones(channels, kind) if weight is None else _array(weight, dtype),
-        np.zeros(channels, kind) if bias is None else _array(bias, dtype),
-    )
-
-
-def _unit_forward(inputs: Sequence[Vector], call: _Unit, save: bool) -> _Forward:
-    """Run the kernel; the statistics of the batch, where used, are left in `call.stats`."""
+def _unit_forward(
+    inputs: Sequence[Vector], call: _Unit, save: bool
+) -> tuple[Tensor, tuple[Vector, Vector], list[Statistics]]:
+    """Run the kernel: the output, d and p if they are to be saved, the statistics of each BN."""
     x, pw_weight, pw_bias, weight, bias = inputs[:5]
     assert x is not None and weight is not None
     dtype = _compute_dtype(x.dtype)
-    norms = [
-        None
-        if bn is None
-        else (
-            *_affine(inputs[5 + 2 * i], inputs[6 + 2 * i], x.shape[1], dtype),
-            _optional(bn.mean, dtype),
-            _optional(bn.var, dtype),
-            bn.eps,
+    norms: list[Any] = []
+    statistics: list[Statistics] = []
+    updated: list[tuple[Tensor, Tensor]] = []
+    for i, bn in enumerate(call.norms):
+        if bn is None:
+            norms.append(None)
+            statistics.append(None)
+            continue
+        affine = (_optional(inputs[5 + 2 * i], dtype), _optional(inputs[6 + 2 * i], dtype))
+        if bn.mean is not None and bn.var is not None:
+            given = (bn.mean.to(dtype), bn.var.to(dtype))
+            norms.append((*affine, *(_ready(t, dtype) for t in given), bn.eps, False, None))
+            # Copies: the running statistics may have moved on by the time of the backward pass.
+            copies = (given[0].to(torch.float64, copy=True), given[1].to(torch.float64, copy=True))
+            statistics.append(copies if save else None)
+            continue
+        channels = x.shape[1]
+        found = (
+            torch.empty(channels, dtype=torch.float64),
+            torch.empty(channels, dtype=torch.float64),
         )
-        for i, bn in enumerate(call.norms)
-    ]
-    out, d, p, *stats = _core.xunit_forward(
+        running = None
+        if bn.running is not None:
+            follow = tuple(_running(t, dtype) for t in bn.running[:2])
+            updated += [(t, f) for t, f in zip(bn.running, follow, strict=False)]
+            running = (*map(_to_write, follow), bn.running[2])
+        norms.append((*affine, *map(_to_write, found), bn.eps, True, running))
+        statistics.append(found)
+    out = _empty(x, dtype)
+    d = _empty(x, dtype) if save else None
+    p = _empty(x, dtype) if save and call.variant == "dense" else None
+    _core.xunit_forward(
         call.variant,
         call.gate,
-        _array(x, dtype),
+        _ready(x, dtype),
         _optional(pw_weight, dtype),
         _optional(pw_bias, dtype),
-        _array(weight, dtype),
+        _ready(weight, dtype),
         _optional(bias, dtype),
         norms[0],
         norms[1],
-        save,
+        _to_write(out),
+        _to_write(d),
+        _to_write(p),
         torch.get_num_threads(),
     )
-    call.stats = tuple(
-        None if s is None else (torch.from_numpy(s[0]), torch.from_numpy(s[1])) for s in stats
-    )
-    return _Forward(
-        _tensor(out, x, x.dtype),
-        None if d is None else torch.from_numpy(d),
-        None if p is None else torch.from_numpy(p),
-    )
+    for running_stat, follow_stat in updated:
+        if follow_stat is not running_stat:
+            running_stat.copy_(follow_stat)
+        elif not running_stat.is_inference():
+            torch.autograd.graph.increment_version(running_stat)
+    return _given_back(out, x, x.dtype), (d, p), statistics
+
+
+def _running(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A running statistic that the kernel may update in place: itself, or a copy to copy back."""
+    return t if t.dtype is dtype and t.is_contiguous() else t.to(dtype).contiguous()
 
 
 class _XUnit(torch.autograd.Function):
@@ -396,97 +448,85 @@ class _XUnit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *inputs, call = args
-        done = _unit_forward(inputs, call, save=True)
-        statistics: list[Tensor | None] = []
-        for bn, stats in zip(call.norms, call.stats, strict=True):
-            if bn is None:
-                statistics += [None, None]
-            else:
-                statistics += stats if stats is not None else (bn.mean, bn.var)
-        # The running statistics are saved too: autograd then notices if they change meanwhile.
-        ctx.save_for_backward(*inputs, done.d, done.p, *statistics)
+        out, saved, ctx.statistics = _unit_forward(inputs, call, save=True)
+        ctx.save_for_backward(*inputs, *saved)
         ctx.set_materialize_grads(False)
-        ctx.variant, ctx.gate = call.variant, call.gate
-        ctx.norms = tuple(None if bn is None else (bn.eps, bn.mean is None) for bn in call.norms)
-        return done.out
+        ctx.call = call
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad is None:
             return (None,) * 10
         saved = ctx.saved_tensors
-        inputs, (d, p), statistics = saved[:9], saved[9:11], saved[11:]
+        inputs, (d, p) = saved[:9], saved[9:11]
+        call: _Unit = ctx.call
         needs = ctx.needs_input_grad[:9]
         if _must_replay(grad):
             return *_replay(
-                inputs, needs, grad, lambda t: _unit_reference(ctx, t, statistics)
+                inputs, needs, grad, lambda t: _unit_reference(call, t, ctx.statistics)
             ), None
 
-        x, pw_weight, _, weight = inputs[:4]
+        x, pw_weight, pw_bias, weight, bias = inputs[:5]
         dtype = _compute_dtype(x.dtype)
-        norms = [
-            None
-            if bn is None
-            else (
-                *_affine(inputs[5 + 2 * i], inputs[6 + 2 * i], x.shape[1], dtype),
-                _array(statistics[2 * i], dtype),
-                _array(statistics[2 * i + 1], dtype),
-                *bn,
-            )
-            for i, bn in enumerate(ctx.norms)
+        grads: list[Vector] = [
+            None if t is None else _empty(t, dtype) for t in (x, pw_weight, pw_bias, weight, bias)
         ]
-        grads = _core.xunit_backward(
-            ctx.variant,
-            ctx.gate,
-            _array(grad, dtype),
-            _array(x, dtype),
-            _array(d, dtype),
+        norms: list[Any] = []
+        for i, (bn, stats) in enumerate(zip(call.norms, ctx.statistics, strict=True)):
+            if bn is None:
+                norms.append(None)
+                grads += [None, None]
+                continue
+            mean, var = map(_to_write, stats)
+            pair = (torch.empty(x.shape[1], dtype=dtype), torch.empty(x.shape[1], dtype=dtype))
+            affine = (_optional(inputs[5 + 2 * i], dtype), _optional(inputs[6 + 2 * i], dtype))
+            norms.append((*affine, mean, var, bn.eps, bn.mean is None, *map(_to_write, pair)))
+            grads += pair
+        gp = _empty(x, dtype) if p is not None else None
+        _core.xunit_backward(
+            call.variant,
+            call.gate,
+            _ready(grad, dtype),
+            _ready(x, dtype),
+            _ready(d, dtype),
             _optional(p, dtype),
             _optional(pw_weight, dtype),
-            _array(weight, dtype),
+            _ready(weight, dtype),
             norms[0],
             norms[1],
+            *map(_to_write, (grads[0], gp, *grads[1:5])),
             torch.get_num_threads(),
         )
         return *_gradients(grads, inputs, needs), None
 
 
-def _unit_reference(ctx: Any, inputs: Sequence[Vector], statistics: Sequence[Vector]) -> Tensor:
+def _unit_reference(
+    call: _Unit, inputs: Sequence[Vector], statistics: Sequence[Statistics]
+) -> Tensor:
     """The unit from reference.py, with the statistics the forward pass used."""
     x, pw_weight, pw_bias, weight, bias = inputs[:5]
     assert x is not None and weight is not None
     norms: list[BatchNormState | None] = []
-    for i, bn in enumerate(ctx.norms):
+    for i, (bn, stats) in enumerate(zip(call.norms, statistics, strict=True)):
         if bn is None:
             norms.append(None)
             continue
-        eps, batch = bn
-        mean, var = (None, None) if batch else statistics[2 * i : 2 * i + 2]
-        affine = inputs[5 + 2 * i : 7 + 2 * i]
-        if mean is not None and var is not None:
-            mean, var = mean.to(x.dtype), var.to(x.dtype)
-        norms.append(BatchNormState(affine[0], affine[1], mean, var, eps))
+        mean: Vector = None
+        var: Vector = None
+        if bn.mean is not None and stats is not None:
+            mean, var = stats[0].to(x.dtype), stats[1].to(x.dtype)
+        norms.append(BatchNormState(*inputs[5 + 2 * i : 7 + 2 * i], mean, var, bn.eps))
     bn1, bn2 = norms
-    gate = ctx.gate
-    if ctx.variant == "slim":
+    gate = call.gate
+    if call.variant == "slim":
         return reference.xunit_slim(x, weight, bias, bn2=bn2, gate=gate)
-    if ctx.variant == "dense":
+    if call.variant == "dense":
         assert pw_weight is not None
         return reference.xunit_dense(
             x, pw_weight, pw_bias, weight, bias, bn1=bn1, bn2=bn2, gate=gate
         )
     return reference.xunit(x, weight, bias, bn1=bn1, bn2=bn2, gate=gate)
-
-
-@torch.no_grad()
-def _update_running(bn: BatchNormState, stats: tuple[Tensor, Tensor], values: int) -> None:
-    if bn.running_mean is None or bn.running_var is None:
-        return
-    factor = reference.advance(bn)
-    mean, var = (s.double() for s in stats)
-    var = var * (values / (values - 1))  # the running variance is the unbiased one
-    for running, new in ((bn.running_mean, mean), (bn.running_var, var)):
-        running.copy_(new * factor + running.double() * (1.0 - factor))
 
 
 # ---------------------------------------------------------------- backward, shared
@@ -532,9 +572,9 @@ def _replay(
 
 
 def _gradients(
-    arrays: Sequence[Array | None], inputs: Sequence[Vector], needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
+    grads: Sequence[Vector], inputs: Sequence[Vector], needs: Sequence[bool]
+) -> tuple[Vector, ...]:
     return tuple(
-        _tensor(a, t, t.dtype) if need and a is not None and t is not None else None
-        for a, t, need in zip(arrays, inputs, needs, strict=True)
+        _given_back(g, t, t.dtype) if need and g is not None and t is not None else None
+        for g, t, need in zip(grads, inputs, needs, strict=True)
     )

@@ -1,73 +1,77 @@
-"""The Rust extension: numpy arrays in and out, C-contiguous, all float32 or all float64."""
+"""The Rust extension: numpy arrays or torch tensors, contiguous, all float32 or all float64."""
 
-from typing import TypeVar, final
+from typing import Any, TypeAlias, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-_F = TypeVar("_F", np.float32, np.float64)
+_Array: TypeAlias = Any
+_Running: TypeAlias = tuple[_Array, _Array, float]
+_ForwardNorm: TypeAlias = tuple[
+    _Array | None, _Array | None, _Array, _Array, float, bool, _Running | None
+]
+_BackwardNorm: TypeAlias = tuple[
+    _Array | None, _Array | None, _Array, _Array, float, bool, _Array, _Array
+]
 
+def use_torch(tensor: type, exchange_api: Any, parallel_for: int | None) -> bool: ...
+def is_plain(tensors: tuple[Any, ...], parameter: type) -> bool: ...
 def depthwise_conv2d(
-    x: NDArray[_F],
-    weight: NDArray[_F],
-    bias: NDArray[_F] | None,
+    x: _Array,
+    weight: _Array,
+    bias: _Array | None,
     stride: tuple[int, int],
     padding: tuple[int, int, int, int],
     dilation: tuple[int, int],
+    out: _Array,
     threads: int,
-) -> NDArray[_F]: ...
+) -> None: ...
 def depthwise_conv2d_backward(
-    grad: NDArray[_F],
-    x: NDArray[_F],
-    weight: NDArray[_F],
+    grad: _Array,
+    x: _Array,
+    weight: _Array,
     stride: tuple[int, int],
     padding: tuple[int, int, int, int],
     dilation: tuple[int, int],
-    needs: tuple[bool, bool, bool],
+    gx: _Array | None,
+    gweight: _Array | None,
+    gbias: _Array | None,
     threads: int,
-) -> tuple[NDArray[_F] | None, NDArray[_F] | None, NDArray[_F] | None]: ...
+) -> None: ...
 def xunit_forward(
     variant: str,
     gate: str,
-    x: NDArray[_F],
-    pw_weight: NDArray[_F] | None,
-    pw_bias: NDArray[_F] | None,
-    weight: NDArray[_F],
-    bias: NDArray[_F] | None,
-    bn1: tuple[NDArray[_F], NDArray[_F], NDArray[_F] | None, NDArray[_F] | None, float] | None,
-    bn2: tuple[NDArray[_F], NDArray[_F], NDArray[_F] | None, NDArray[_F] | None, float] | None,
-    save: bool,
+    x: _Array,
+    pw_weight: _Array | None,
+    pw_bias: _Array | None,
+    weight: _Array,
+    bias: _Array | None,
+    bn1: _ForwardNorm | None,
+    bn2: _ForwardNorm | None,
+    out: _Array,
+    d: _Array | None,
+    p: _Array | None,
     threads: int,
-) -> tuple[
-    NDArray[_F],
-    NDArray[_F] | None,
-    NDArray[_F] | None,
-    tuple[NDArray[_F], NDArray[_F]] | None,
-    tuple[NDArray[_F], NDArray[_F]] | None,
-]: ...
+) -> None: ...
 def xunit_backward(
     variant: str,
     gate: str,
-    grad: NDArray[_F],
-    x: NDArray[_F],
-    d: NDArray[_F],
-    p: NDArray[_F] | None,
-    pw_weight: NDArray[_F] | None,
-    weight: NDArray[_F],
-    bn1: tuple[NDArray[_F], NDArray[_F], NDArray[_F], NDArray[_F], float, bool] | None,
-    bn2: tuple[NDArray[_F], NDArray[_F], NDArray[_F], NDArray[_F], float, bool] | None,
+    grad: _Array,
+    x: _Array,
+    d: _Array,
+    p: _Array | None,
+    pw_weight: _Array | None,
+    weight: _Array,
+    bn1: _BackwardNorm | None,
+    bn2: _BackwardNorm | None,
+    gx: _Array,
+    gp: _Array | None,
+    gpw_weight: _Array | None,
+    gpw_bias: _Array | None,
+    gweight: _Array,
+    gbias: _Array | None,
     threads: int,
-) -> tuple[
-    NDArray[_F],
-    NDArray[_F] | None,
-    NDArray[_F] | None,
-    NDArray[_F],
-    NDArray[_F],
-    NDArray[_F] | None,
-    NDArray[_F] | None,
-    NDArray[_F] | None,
-    NDArray[_F] | None,
-]: ...
+) -> None: ...
 def build_info() -> dict[str, str]: ...
 def default_threads() -> int: ...
 

@@ -1,7 +1,8 @@
 //! The pointwise passes of an xUnit: statistics, batch norm with ReLU, gate, and their gradients.
 //!
-//! Batch norm appears as the affine map u = scale · x + shift that it is once its statistics are
-//! known; without batch norm the map is the identity, which changes no value.
+//! Batch norm appears as the affine map that it is once its statistics are known; without batch norm the map is the identity, which changes no value.
+
+use std::mem::replace;
 
 use crate::simd::{Kernel, Scalar, Simd};
 
@@ -33,31 +34,31 @@ impl Gate {
     }
 }
 
-/// u = scale · x + shift.
+/// u = scale · (x − centre) + shift.
+///
+/// With the mean as centre, batch norm keeps its digits where the mean is far above the deviation:
+/// scale · x and the shift of the plain form would cancel there.
 #[derive(Clone, Copy, Debug)]
 pub struct Affine<T> {
+    pub centre: T,
     pub scale: T,
     pub shift: T,
 }
 
 impl<T: Scalar> Affine<T> {
+    /// The map that changes no value.
+    pub fn identity() -> Self {
+        Self { centre: T::ZERO, scale: T::ONE, shift: T::ZERO }
+    }
+
+    #[inline(always)]
+    fn centred<S: Simd<T>>(self, simd: S, x: S::V) -> S::V {
+        simd.sub(x, simd.splat(self.centre))
+    }
+
     #[inline(always)]
     fn apply<S: Simd<T>>(self, simd: S, x: S::V) -> S::V {
-        simd.fma(simd.splat(self.scale), x, simd.splat(self.shift))
-    }
-}
-
-/// The mean and 1 / √(var + ε) of one channel, as batch norm uses them.
-#[derive(Clone, Copy, Debug)]
-pub struct Moments<T> {
-    pub mean: T,
-    pub inv_std: T,
-}
-
-impl<T: Scalar> Moments<T> {
-    #[inline(always)]
-    fn normalise<S: Simd<T>>(self, simd: S, x: S::V) -> S::V {
-        simd.mul(simd.sub(x, simd.splat(self.mean)), simd.splat(self.inv_std))
+        simd.fma(simd.splat(self.scale), self.centred(simd, x), simd.splat(self.shift))
     }
 }
 
@@ -70,14 +71,20 @@ const BLOCK: usize = 32;
 macro_rules! each_vector {
     ($simd:ident, $len:expr, |$at:ident, $n:ident| $body:block, $flush:block) => {{
         let (len, lanes) = ($len, $simd.lanes());
+        let whole = len - len % lanes;
         let mut $at = 0;
-        while $at < len {
-            let end = len.min($at + BLOCK * lanes);
+        while $at < whole {
+            let end = whole.min($at + BLOCK * lanes);
             while $at < end {
-                let $n = (end - $at).min(lanes);
+                let $n = lanes;
                 $body
-                $at += $n;
+                $at += lanes;
             }
+            $flush
+        }
+        if $at < len {
+            let $n = len - $at;
+            $body
             $flush
         }
     }};
@@ -146,9 +153,8 @@ impl<T: Scalar> Kernel<T> for Sums<'_, T> {
                 b = simd.fma(x, x, b);
             },
             {
-                first += simd.sum(a).to_f64();
-                second += simd.sum(b).to_f64();
-                (a, b) = (zero, zero);
+                first += simd.sum(replace(&mut a, zero)).to_f64();
+                second += simd.sum(replace(&mut b, zero)).to_f64();
             }
         );
         (first, second)
@@ -210,16 +216,17 @@ impl<T: Scalar> Kernel<T> for Apply<'_, T> {
     }
 }
 
-/// Writes the gradient at the gate's argument, e = grad · x · g′(u) with u = scale · d + shift, and
-/// returns Σ e and Σ e · (d − mean) · inv_std: batch norm's gradients to its bias and weight.
+/// Writes the gradient past the gate to x, grad · g(u), and the one at the gate's argument,
+/// e = grad · x · g′(u), with u the affine map of d; returns Σ e and Σ e · (d − centre), of which
+/// batch norm's gradients to its bias and weight are made.
 pub struct GateGradient<'a, T> {
     pub gate: Gate,
     pub grad: &'a [T],
     pub x: &'a [T],
     pub d: &'a [T],
     pub affine: Affine<T>,
-    pub moments: Moments<T>,
-    pub out: &'a mut [T],
+    pub direct: &'a mut [T],
+    pub e: &'a mut [T],
 }
 
 impl<T: Scalar> Kernel<T> for GateGradient<'_, T> {
@@ -227,65 +234,74 @@ impl<T: Scalar> Kernel<T> for GateGradient<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, simd: S) -> (f64, f64) {
-        let GateGradient { gate, grad, x, d, affine, moments, out } = self;
-        assert!([grad.len(), x.len(), d.len()].iter().all(|&len| len == out.len()));
+        let GateGradient { gate, grad, x, d, affine, direct, e } = self;
+        assert!([grad.len(), x.len(), d.len(), direct.len()].iter().all(|&len| len == e.len()));
         let zero = simd.splat(T::ZERO);
         let (mut first, mut second) = (0.0, 0.0);
         let (mut a, mut b) = (zero, zero);
         each_vector!(
             simd,
-            out.len(),
+            e.len(),
             |at, n| {
                 let d = load(simd, d, at, n);
                 let u = affine.apply(simd, d);
-                let slope = gate.slope(simd, u, gate.value(simd, u));
-                let gx = simd.mul(load(simd, grad, at, n), load(simd, x, at, n));
-                let e = simd.mul(gx, slope);
-                store(simd, e, out, at, n);
+                let value = gate.value(simd, u);
+                let grad = load(simd, grad, at, n);
+                store(simd, simd.mul(grad, value), direct, at, n);
+                let slope = gate.slope(simd, u, value);
+                let v = simd.mul(simd.mul(grad, load(simd, x, at, n)), slope);
+                store(simd, v, e, at, n);
                 // Lanes past the end hold no infinity to meet their zeros: grad and x are 0 there.
-                a = simd.add(a, e);
-                b = simd.fma(e, moments.normalise(simd, d), b);
+                a = simd.add(a, v);
+                b = simd.fma(v, affine.centred(simd, d), b);
             },
             {
-                first += simd.sum(a).to_f64();
-                second += simd.sum(b).to_f64();
-                (a, b) = (zero, zero);
+                first += simd.sum(replace(&mut a, zero)).to_f64();
+                second += simd.sum(replace(&mut b, zero)).to_f64();
             }
         );
         (first, second)
     }
 }
 
-/// Batch norm's gradient to its input: scale · (e − mean_e − x̂ · mean_ex̂), where the means over
-/// the batch are zero outside training. In place on rows, or from `plane` into a padded plane.
+/// Batch norm's gradient to its input: scale · e + slope · (x − centre) + shift, of which slope and
+/// shift are zero outside training.
+///
+/// They are kept in two parts each: a sum of many such gradients may cancel down to the rounding of
+/// its constants, as it does ahead of a 1×1 depthwise weight, which batch norm makes all but void.
 #[derive(Clone, Copy, Debug)]
 pub struct NormGradient<T> {
     scale: T,
-    /// `(mean, slope, shift)` of scale · e + slope · (x − mean) + shift, in training.
-    batch: Option<(T, T, T)>,
+    centre: T,
+    batch: Option<[Parts<T>; 2]>,
 }
 
+/// A number as the sum of two, of which the first is the larger.
+type Parts<T> = (T, T);
+
 impl<T: Scalar> NormGradient<T> {
-    /// `means` are Σ e / M and Σ e · x̂ / M in training.
-    pub fn new(affine: Affine<T>, moments: Moments<T>, means: Option<(f64, f64)>) -> Self {
-        let scale = affine.scale.to_f64();
-        Self {
-            scale: affine.scale,
-            batch: means.map(|(mean, mean_xhat)| {
-                let slope = -scale * moments.inv_std.to_f64() * mean_xhat;
-                (moments.mean, T::from_f64(slope), T::from_f64(-scale * mean))
-            }),
-        }
+    /// `batch` is (slope, shift) in training.
+    pub fn new(affine: Affine<T>, batch: Option<(f64, f64)>) -> Self {
+        let parts = |x: f64| {
+            let first = T::from_f64(x);
+            let rest = x - first.to_f64();
+            (first, T::from_f64(if rest.is_finite() { rest } else { 0.0 }))
+        };
+        let batch = batch.map(|(slope, shift)| [parts(slope), parts(shift)]);
+        Self { scale: affine.scale, centre: affine.centre, batch }
     }
 
     #[inline(always)]
     fn apply<S: Simd<T>>(self, simd: S, e: S::V, x: S::V) -> S::V {
         let scale = simd.splat(self.scale);
-        let Some((mean, slope, shift)) = self.batch else {
+        let Some([slope, shift]) = self.batch else {
             return simd.mul(e, scale);
         };
-        let centred = simd.sub(x, simd.splat(mean));
-        simd.fma(e, scale, simd.fma(centred, simd.splat(slope), simd.splat(shift)))
+        let centred = simd.sub(x, simd.splat(self.centre));
+        let large = simd.fma(centred, simd.splat(slope.0), simd.splat(shift.0));
+        // Last, where rounding favours no side: beside a constant alone it would vanish every time.
+        let small = simd.fma(centred, simd.splat(slope.1), simd.splat(shift.1));
+        simd.add(simd.fma(e, scale, large), small)
     }
 }
 
@@ -322,8 +338,7 @@ impl<T: Scalar> Kernel<T> for FillGradient<'_, T> {
                     a = simd.add(a, keep(simd, v, n));
                 },
                 {
-                    sum += simd.sum(a).to_f64();
-                    a = zero;
+                    sum += simd.sum(replace(&mut a, zero)).to_f64();
                 }
             );
         }
@@ -331,12 +346,11 @@ impl<T: Scalar> Kernel<T> for FillGradient<'_, T> {
     }
 }
 
-/// Masks `grad` in place where relu(scale · x + shift) is flat, and returns Σ grad and
-/// Σ grad · (x − mean) · inv_std.
+/// Masks `grad` in place where relu(u) is flat, u the affine map of x, and returns Σ grad and
+/// Σ grad · (x − centre).
 pub struct ReluGradient<'a, T> {
     pub x: &'a [T],
     pub affine: Affine<T>,
-    pub moments: Moments<T>,
     pub grad: &'a mut [T],
 }
 
@@ -345,7 +359,7 @@ impl<T: Scalar> Kernel<T> for ReluGradient<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, simd: S) -> (f64, f64) {
-        let ReluGradient { x, affine, moments, grad } = self;
+        let ReluGradient { x, affine, grad } = self;
         assert!(x.len() == grad.len());
         let zero = simd.splat(T::ZERO);
         let (mut first, mut second) = (0.0, 0.0);
@@ -359,12 +373,11 @@ impl<T: Scalar> Kernel<T> for ReluGradient<'_, T> {
                 let e = simd.select_le_zero(affine.apply(simd, x), zero, e);
                 store(simd, e, grad, at, n);
                 a = simd.add(a, e);
-                b = simd.fma(e, moments.normalise(simd, x), b);
+                b = simd.fma(e, affine.centred(simd, x), b);
             },
             {
-                first += simd.sum(a).to_f64();
-                second += simd.sum(b).to_f64();
-                (a, b) = (zero, zero);
+                first += simd.sum(replace(&mut a, zero)).to_f64();
+                second += simd.sum(replace(&mut b, zero)).to_f64();
             }
         );
         (first, second)
@@ -392,26 +405,24 @@ impl<T: Scalar> Kernel<T> for Finish<'_, T> {
     }
 }
 
-/// sum += grad · g(scale · d + shift): the gradient past the gate to x.
-pub struct AddGated<'a, T> {
-    pub gate: Gate,
+/// sum += the [`NormGradient`] of `grad` at `x`.
+pub struct AddFinished<'a, T> {
+    pub norm: NormGradient<T>,
+    pub x: &'a [T],
     pub grad: &'a [T],
-    pub d: &'a [T],
-    pub affine: Affine<T>,
     pub sum: &'a mut [T],
 }
 
-impl<T: Scalar> Kernel<T> for AddGated<'_, T> {
+impl<T: Scalar> Kernel<T> for AddFinished<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, simd: S) {
-        let AddGated { gate, grad, d, affine, sum } = self;
-        assert!(grad.len() == d.len() && grad.len() == sum.len());
-        each_vector!(simd, grad.len(), |at, n| {
-            let g = gate.value(simd, affine.apply(simd, load(simd, d, at, n)));
-            let v = simd.fma(load(simd, grad, at, n), g, load(simd, sum, at, n));
-            store(simd, v, sum, at, n);
+        let AddFinished { norm, x, grad, sum } = self;
+        assert!(x.len() == grad.len() && x.len() == sum.len());
+        each_vector!(simd, x.len(), |at, n| {
+            let e = norm.apply(simd, load(simd, grad, at, n), load(simd, x, at, n));
+            store(simd, simd.add(e, load(simd, sum, at, n)), sum, at, n);
         });
     }
 }

@@ -1,23 +1,25 @@
 //! Register-tiled depthwise convolution with stride and dilation 1, and its weight gradient.
 //!
-//! Both read a zero-padded plane of rows `ld` apart ([`row_stride`]), so that no tap needs a border
-//! check. The forward tile keeps 4 rows × TILE_VECTORS vectors of outputs in registers and slides
-//! down the input: a loaded vector feeds up to four output rows, a broadcast tap all vectors of a
-//! row. The input gradient is the same convolution with the taps turned by 180°.
+//! Both read a zero-padded plane of rows `ld` apart, so that no tap needs a border check. The
+//! forward tile keeps 6 rows × TILE_VECTORS vectors of outputs in registers and slides down the
+//! input: a loaded vector feeds up to six output rows, a broadcast tap all vectors of a row. The
+//! input gradient is the same convolution with the taps turned by 180°. The weight gradient keeps
+//! a tile of taps in registers: a loaded vector of input meets the gradients of up to three rows.
 
 use super::MAX_LANES;
 use crate::simd::{Kernel, Scalar, Simd};
 
-/// Elements from one row of a padded plane to the next: `ow` outputs rounded up to whole vectors,
-/// and the taps beyond the last one.
-pub fn row_stride(ow: usize, kw: usize) -> usize {
+/// Elements of a row of the padded plane that the kernels may read: `ow` outputs rounded up to
+/// whole vectors, and the taps beyond the last one.
+pub fn row_length(ow: usize, kw: usize) -> usize {
     ow.next_multiple_of(MAX_LANES) + kw - 1
 }
 
 /// out\[y\]\[x\] = bias + Σ weight\[i\]\[j\] · input\[y + i\]\[x + j\], one plane.
 pub struct Forward<'a, T> {
-    /// (oh + kh − 1) rows of [`row_stride`] elements.
+    /// (oh + kh − 1) rows of [`row_length`] elements, `ld` apart.
     pub input: &'a [T],
+    pub ld: usize,
     /// kh × kw taps.
     pub weight: &'a [T],
     pub bias: T,
@@ -25,6 +27,8 @@ pub struct Forward<'a, T> {
     pub out: &'a mut [T],
     pub kernel: (usize, usize),
     pub ow: usize,
+    /// What the caller will read next: asked for meanwhile.
+    pub next: &'a [T],
 }
 
 impl<T: Scalar> Kernel<T> for Forward<'_, T> {
@@ -42,36 +46,29 @@ impl<T: Scalar> Kernel<T> for Forward<'_, T> {
     }
 }
 
-/// Rows of the register tile.
-const ROWS: usize = 4;
-
 /// K is the compile-time kernel extent, 0 where only run time knows it.
 #[inline(always)]
 fn forward<T: Scalar, S: Simd<T>, const K: usize>(simd: S, job: Forward<'_, T>) {
     let (kh, kw) = if K == 0 { job.kernel } else { (K, K) };
-    let (ow, oh) = (job.ow, job.out.len() / job.ow);
-    let ld = row_stride(ow, kw);
-    assert!(job.input.len() >= (oh + kh - 1) * ld && job.weight.len() == kh * kw);
-    assert!(job.out.len() == oh * ow);
-    let lanes = simd.lanes();
-    let mut y = 0;
-    while y < oh {
-        // The four-row tile ramps in and out over three rows, which takes three rows of taps.
-        let tall = oh - y >= ROWS && kh >= ROWS - 1;
-        let mut x = 0;
-        while x < ow {
-            let wide = if S::TILE_VECTORS == 4 && ow - x >= 4 * lanes {
-                4
-            } else if ow - x >= 2 * lanes {
-                2
-            } else {
-                1
-            };
-            let first = (ow - x).min(lanes);
+    let (ow, ld, lanes) = (job.ow, job.ld, simd.lanes());
+    let oh = job.out.len() / ow;
+    assert!(oh > 0 && job.out.len() == oh * ow && job.weight.len() == kh * kw);
+    assert!(job.input.len() >= (oh + kh - 2) * ld + row_length(ow, kw));
+    assert!(ld >= row_length(ow, kw));
+    let mut next = Ahead::new(job.next, oh.div_ceil(2));
+    // Tiles of equal width, as far as whole vectors allow: a narrow last tile wastes its loads.
+    let vectors = ow.div_ceil(lanes);
+    let tiles = vectors.div_ceil(S::TILE_VECTORS);
+    let mut x = 0;
+    for t in 0..tiles {
+        let wide = (vectors - x / lanes).div_ceil(tiles - t);
+        let last = (ow - x - (wide - 1) * lanes).min(lanes);
+        let mut y = 0;
+        while y < oh {
+            let rows = tile_rows(oh - y, kh);
             // SAFETY: the tile reads rows y..y + rows + kh − 1 < oh + kh and columns up to
-            // x + wide · lanes + kw − 1 ≤ ld, and writes rows y..y + rows ≤ oh at columns
-            // x..x + wide · lanes ≤ ow (only `first` of them if wide is 1): inside the slices by
-            // the assertions above.
+            // x + wide · lanes + kw − 1 ≤ row_length, and writes rows y..y + rows ≤ oh at columns
+            // x..x + (wide − 1) · lanes + last ≤ ow: inside the slices by the assertions above.
             unsafe {
                 let tile = Tile::<T, K> {
                     input: job.input.as_ptr().add(y * ld + x),
@@ -82,20 +79,55 @@ fn forward<T: Scalar, S: Simd<T>, const K: usize>(simd: S, job: Forward<'_, T>) 
                     ow,
                     kh,
                     kw,
-                    first,
+                    last,
                 };
-                match (tall, wide) {
-                    (true, 4) => tile.tall::<S, 4>(simd),
-                    (true, 2) => tile.tall::<S, 2>(simd),
-                    (true, _) => tile.tall::<S, 1>(simd),
-                    (false, 4) => tile.single::<S, 4>(simd),
-                    (false, 2) => tile.single::<S, 2>(simd),
-                    (false, _) => tile.single::<S, 1>(simd),
+                match wide {
+                    4 => tile.rows::<S, 4>(simd, rows),
+                    3 => tile.rows::<S, 3>(simd, rows),
+                    2 => tile.rows::<S, 2>(simd, rows),
+                    _ => tile.rows::<S, 1>(simd, rows),
                 }
             }
-            x += wide * lanes;
+            if t == 0 {
+                next.ask(simd, rows.div_ceil(2));
+            }
+            y += rows;
         }
-        y += if tall { ROWS } else { 1 };
+        x += wide * lanes;
+    }
+}
+
+/// The height of the next tile, with `left` rows to go. A tile ramps in and out over one row less
+/// than its height, which takes as many rows of taps.
+#[inline(always)]
+fn tile_rows(left: usize, kh: usize) -> usize {
+    [6, 4, 2].into_iter().find(|&rows| left >= rows && kh >= rows - 1).unwrap_or(1)
+}
+
+/// Memory that is asked for bit by bit.
+struct Ahead<T> {
+    ptr: *const T,
+    left: usize,
+    step: usize,
+}
+
+impl<T: Scalar> Ahead<T> {
+    const LINE: usize = 64 / size_of::<T>();
+
+    /// `slice`, in about `steps` parts.
+    #[inline(always)]
+    fn new(slice: &[T], steps: usize) -> Self {
+        let left = slice.len().div_ceil(Self::LINE);
+        Self { ptr: slice.as_ptr(), left, step: left.div_ceil(steps.max(1)) }
+    }
+
+    #[inline(always)]
+    fn ask<S: Simd<T>>(&mut self, simd: S, parts: usize) {
+        for _ in 0..self.left.min(parts * self.step) {
+            simd.prefetch(self.ptr);
+            self.ptr = self.ptr.wrapping_add(Self::LINE);
+            self.left -= 1;
+        }
     }
 }
 
@@ -109,30 +141,110 @@ struct Tile<T, const K: usize> {
     ow: usize,
     kh: usize,
     kw: usize,
-    /// Outputs of the last vector of a row: fewer than a vector only if the tile is one wide.
-    first: usize,
+    /// Outputs of the last vector of a row.
+    last: usize,
 }
 
 impl<T: Scalar, const K: usize> Tile<T, K> {
-    /// One input row: feeds output rows LOW..HIGH of the tile.
+    /// # Safety
+    /// Inputs, taps and outputs of `rows` rows and C vectors must be in reach, as [`forward`] says.
     #[inline(always)]
-    unsafe fn taps<S: Simd<T>, const C: usize, const LOW: usize, const HIGH: usize>(
+    unsafe fn rows<S: Simd<T>, const C: usize>(&self, simd: S, rows: usize) {
+        // SAFETY: the caller's promise is the same; `tile_rows` sees to kh ≥ R − 1.
+        unsafe {
+            match rows {
+                // Of K = 3 tiles have four rows at most.
+                6 if K != 3 => self.tile::<S, C, 6>(simd),
+                4 => self.tile::<S, C, 4>(simd),
+                2 => self.tile::<S, C, 2>(simd),
+                _ => self.tile::<S, C, 1>(simd),
+            }
+        }
+    }
+
+    /// R rows of C vectors; kh ≥ R − 1.
+    ///
+    /// # Safety
+    /// As [`Tile::rows`].
+    #[inline(always)]
+    unsafe fn tile<S: Simd<T>, const C: usize, const R: usize>(&self, simd: S) {
+        let kh = if K == 0 { self.kh } else { K };
+        let mut acc = [[simd.splat(self.bias); C]; R];
+        // SAFETY: rows 0..kh + R − 1, and `row − r` < kh, as `forward` asks.
+        unsafe {
+            // Ramping in, row i feeds the output rows 0..=i.
+            if R > 1 {
+                self.taps::<S, C, R>(simd, &mut acc, 0, 0, 1);
+            }
+            if R > 2 {
+                self.taps::<S, C, R>(simd, &mut acc, 1, 0, 2);
+            }
+            if R > 3 {
+                self.taps::<S, C, R>(simd, &mut acc, 2, 0, 3);
+            }
+            if R > 4 {
+                self.taps::<S, C, R>(simd, &mut acc, 3, 0, 4);
+            }
+            if R > 5 {
+                self.taps::<S, C, R>(simd, &mut acc, 4, 0, 5);
+            }
+            for row in R - 1..kh {
+                self.taps::<S, C, R>(simd, &mut acc, row, 0, R);
+            }
+            if R > 1 {
+                self.taps::<S, C, R>(simd, &mut acc, kh, 1, R);
+            }
+            if R > 2 {
+                self.taps::<S, C, R>(simd, &mut acc, kh + 1, 2, R);
+            }
+            if R > 3 {
+                self.taps::<S, C, R>(simd, &mut acc, kh + 2, 3, R);
+            }
+            if R > 4 {
+                self.taps::<S, C, R>(simd, &mut acc, kh + 3, 4, R);
+            }
+            if R > 5 {
+                self.taps::<S, C, R>(simd, &mut acc, kh + 4, 5, R);
+            }
+            for (r, acc) in acc.iter().enumerate() {
+                for (c, &v) in acc.iter().enumerate() {
+                    let out = self.out.add(r * self.ow + c * simd.lanes());
+                    if c + 1 < C || self.last == simd.lanes() {
+                        simd.store(v, out);
+                    } else {
+                        simd.store_first(v, out, self.last);
+                    }
+                }
+            }
+        }
+    }
+
+    /// One input row: feeds output rows low..high of the tile.
+    ///
+    /// # Safety
+    /// As [`Tile::rows`], with the row in reach and `row − r` a row of taps for r in low..high.
+    #[inline(always)]
+    unsafe fn taps<S: Simd<T>, const C: usize, const R: usize>(
         &self,
         simd: S,
-        acc: &mut [[S::V; C]; ROWS],
+        acc: &mut [[S::V; C]; R],
         row: usize,
+        low: usize,
+        high: usize,
     ) {
         let kw = if K == 0 { self.kw } else { K };
         for j in 0..kw {
-            // SAFETY: `forward` proves that every row and column of the tile is readable; `row - r`
-            // is a row of taps by the ranges that `tall` and `single` walk.
+            // SAFETY: the caller's promise.
             unsafe {
                 let input = self.input.add(row * self.ld + j);
                 let mut v = [simd.splat(T::ZERO); C];
                 for (c, v) in v.iter_mut().enumerate() {
                     *v = simd.load(input.add(c * simd.lanes()));
                 }
-                for (r, acc) in acc.iter_mut().enumerate().take(HIGH).skip(LOW) {
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    if r < low || r >= high {
+                        continue;
+                    }
                     let w = simd.splat(*self.weight.add((row - r) * kw + j));
                     for (acc, &v) in acc.iter_mut().zip(&v) {
                         *acc = simd.fma(w, v, *acc);
@@ -141,83 +253,28 @@ impl<T: Scalar, const K: usize> Tile<T, K> {
             }
         }
     }
-
-    /// Writes rows 0..rows of the accumulators.
-    #[inline(always)]
-    unsafe fn store<S: Simd<T>, const C: usize>(
-        &self,
-        simd: S,
-        acc: &[[S::V; C]; ROWS],
-        rows: usize,
-    ) {
-        for (r, acc) in acc.iter().enumerate().take(rows) {
-            for (c, &v) in acc.iter().enumerate() {
-                // SAFETY: `forward` proves that the tile's outputs are writable.
-                unsafe {
-                    let out = self.out.add(r * self.ow + c * simd.lanes());
-                    if C == 1 {
-                        simd.store_first(v, out, self.first);
-                    } else {
-                        simd.store(v, out);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Four rows; kh ≥ 3.
-    #[inline(always)]
-    unsafe fn tall<S: Simd<T>, const C: usize>(&self, simd: S) {
-        let kh = if K == 0 { self.kh } else { K };
-        let mut acc = [[simd.splat(self.bias); C]; ROWS];
-        // SAFETY: rows 0..kh + 3, and `row - r` < kh, as `forward` asks.
-        unsafe {
-            self.taps::<S, C, 0, 1>(simd, &mut acc, 0);
-            self.taps::<S, C, 0, 2>(simd, &mut acc, 1);
-            self.taps::<S, C, 0, 3>(simd, &mut acc, 2);
-            for row in 3..kh {
-                self.taps::<S, C, 0, 4>(simd, &mut acc, row);
-            }
-            self.taps::<S, C, 1, 4>(simd, &mut acc, kh);
-            self.taps::<S, C, 2, 4>(simd, &mut acc, kh + 1);
-            self.taps::<S, C, 3, 4>(simd, &mut acc, kh + 2);
-            self.store(simd, &acc, ROWS);
-        }
-    }
-
-    /// One row: what is left at the bottom, and kernels of one or two rows.
-    #[inline(always)]
-    unsafe fn single<S: Simd<T>, const C: usize>(&self, simd: S) {
-        let kh = if K == 0 { self.kh } else { K };
-        let mut acc = [[simd.splat(self.bias); C]; ROWS];
-        // SAFETY: rows 0..kh, as `forward` asks.
-        unsafe {
-            for row in 0..kh {
-                self.taps::<S, C, 0, 1>(simd, &mut acc, row);
-            }
-            self.store(simd, &acc, 1);
-        }
-    }
 }
 
 /// sum\[i\]\[j\] += Σ grad\[y\]\[x\] · input\[y + i\]\[x + j\], one plane.
 ///
-/// The taps of a row share each loaded gradient and keep an accumulator each; two rows of taps run
-/// together for enough independent chains. Lanes are added up every [`ROW_BLOCK`] rows, in `f64`:
-/// a long sum in `f32` lanes would lose digits.
+/// A tile of I × J taps has an accumulator each. An input row is passed over once: each vector of
+/// it, at each of J shifts, meets the gradients of the I rows that reach it through the I rows of
+/// taps. Lanes are added up, in `f64`, after a block of rows: a long sum in `f32` lanes would lose
+/// digits.
 pub struct WeightGradient<'a, T> {
     /// oh rows, `grad_ld` apart.
     pub grad: &'a [T],
     pub grad_ld: usize,
-    /// (oh + kh − 1) rows of [`row_stride`] elements.
+    /// (oh + kh − 1) rows of ow + kw − 1 elements, `ld` apart.
     pub input: &'a [T],
+    pub ld: usize,
     pub sum: &'a mut [f64],
     pub kernel: (usize, usize),
     pub out: (usize, usize),
 }
 
-/// Rows of gradient that stay in the first-level cache while every tap row passes over them.
-const ROW_BLOCK: usize = 16;
+/// Vectors of gradient that are added up in lanes: at 16 lanes a block of 64 × 64 pixels.
+const BLOCK: usize = 256;
 
 impl<T: Scalar> Kernel<T> for WeightGradient<'_, T> {
     type Output = ();
@@ -225,94 +282,168 @@ impl<T: Scalar> Kernel<T> for WeightGradient<'_, T> {
     #[inline(always)]
     fn run<S: Simd<T>>(mut self, simd: S) {
         let ((kh, kw), (oh, ow)) = (self.kernel, self.out);
-        let ld = row_stride(ow, kw);
-        assert!(self.input.len() >= (oh + kh - 1) * ld && self.sum.len() == kh * kw);
-        assert!(oh > 0 && self.grad_ld >= ow && self.grad.len() >= (oh - 1) * self.grad_ld + ow);
-        for y in (0..oh).step_by(ROW_BLOCK) {
-            let rows = y..oh.min(y + ROW_BLOCK);
+        assert!(oh > 0 && ow > 0 && self.grad_ld >= ow && self.ld >= ow + kw - 1);
+        assert!(self.input.len() >= (oh + kh - 2) * self.ld + ow + kw - 1);
+        assert!(self.grad.len() >= (oh - 1) * self.grad_ld + ow && self.sum.len() == kh * kw);
+        let block = (BLOCK / ow.div_ceil(simd.lanes())).max(8);
+        for y in (0..oh).step_by(block) {
+            let rows = (y, oh.min(y + block));
             let mut i = 0;
             while i < kh {
-                let two = kh - i >= 2;
-                // SAFETY: rows of `rows` + taps ≤ oh + kh − 1 and columns ≤ ow + kw − 1 are inside
-                // the slices by the assertions above.
-                unsafe {
-                    match (kw, two) {
-                        (3, true) => self.taps::<S, 3, 2>(simd, rows.clone(), i, 0, ld),
-                        (3, false) => self.taps::<S, 3, 1>(simd, rows.clone(), i, 0, ld),
-                        (5, true) => self.taps::<S, 5, 2>(simd, rows.clone(), i, 0, ld),
-                        (5, false) => self.taps::<S, 5, 1>(simd, rows.clone(), i, 0, ld),
-                        (7, true) => self.taps::<S, 7, 2>(simd, rows.clone(), i, 0, ld),
-                        (7, false) => self.taps::<S, 7, 1>(simd, rows.clone(), i, 0, ld),
-                        (9, _) => {
-                            self.taps::<S, 9, 1>(simd, rows.clone(), i, 0, ld);
-                            if two {
-                                self.taps::<S, 9, 1>(simd, rows.clone(), i + 1, 0, ld);
-                            }
-                        }
-                        _ => {
-                            for i in i..i + 1 + usize::from(two) {
-                                let mut j = 0;
-                                while j + 4 <= kw {
-                                    self.taps::<S, 4, 1>(simd, rows.clone(), i, j, ld);
-                                    j += 4;
-                                }
-                                while j < kw {
-                                    self.taps::<S, 1, 1>(simd, rows.clone(), i, j, ld);
-                                    j += 1;
-                                }
-                            }
-                        }
-                    }
-                }
-                i += 1 + usize::from(two);
+                i += self.tap_rows(simd, rows, i);
             }
         }
     }
 }
 
 impl<T: Scalar> WeightGradient<'_, T> {
-    /// Taps (i..i + I, j..j + J) over `rows` of the gradient.
+    /// The taps of one row of tiles, from row i on; returns how many rows they are.
+    #[inline(always)]
+    fn tap_rows<S: Simd<T>>(&mut self, simd: S, rows: (usize, usize), i: usize) -> usize {
+        let (kh, kw) = self.kernel;
+        // Three rows of taps at a time, but no single one left over.
+        let most = match kh - i {
+            4 => 2,
+            left => left.min(3),
+        };
+        let high = if rows.1 - rows.0 < 3 { 1 } else { most };
+        let big = S::TILE_VECTORS == 4;
+        macro_rules! tiles {
+            ($($first:literal $width:literal),+) => {{
+                // SAFETY: i + I ≤ kh and j + J ≤ kw: `run` asserts that all their rows and columns
+                // are in reach.
+                unsafe {
+                    match high {
+                        3 => { $(self.taps::<S, $width, 3>(simd, rows, i, $first);)+ }
+                        2 => { $(self.taps::<S, $width, 2>(simd, rows, i, $first);)+ }
+                        _ => { $(self.taps::<S, $width, 1>(simd, rows, i, $first);)+ }
+                    }
+                }
+            }};
+        }
+        // 32 registers hold 3 × 9 accumulators with their operands, 16 hold 3 × 4.
+        match kw {
+            3 => tiles!(0 3),
+            5 if big => tiles!(0 5),
+            7 if big => tiles!(0 7),
+            9 if big => tiles!(0 9),
+            5 => tiles!(0 3, 3 2),
+            7 => tiles!(0 4, 4 3),
+            9 => tiles!(0 3, 3 3, 6 3),
+            _ => {
+                let mut j = 0;
+                while j < kw {
+                    let width = (kw - j).min(4);
+                    // SAFETY: as above.
+                    unsafe {
+                        match (width, high) {
+                            (4, 3) => self.taps::<S, 4, 3>(simd, rows, i, j),
+                            (4, 2) => self.taps::<S, 4, 2>(simd, rows, i, j),
+                            (4, _) => self.taps::<S, 4, 1>(simd, rows, i, j),
+                            (_, 3) => self.taps::<S, 1, 3>(simd, rows, i, j),
+                            (_, 2) => self.taps::<S, 1, 2>(simd, rows, i, j),
+                            _ => self.taps::<S, 1, 1>(simd, rows, i, j),
+                        }
+                    }
+                    j += if width == 4 { 4 } else { 1 };
+                }
+            }
+        }
+        high
+    }
+
+    /// Taps (i..i + I, j..j + J) over the rows of the gradient, of which there are at least I.
+    ///
+    /// # Safety
+    /// i + I ≤ kh, j + J ≤ kw, and the extents must be as `run` asserts.
     #[inline(always)]
     unsafe fn taps<S: Simd<T>, const J: usize, const I: usize>(
         &mut self,
         simd: S,
-        rows: std::ops::Range<usize>,
+        (first, end): (usize, usize),
         i: usize,
         j: usize,
-        ld: usize,
     ) {
-        let (ow, lanes) = (self.out.1, simd.lanes());
         let mut acc = [[simd.splat(T::ZERO); J]; I];
-        for y in rows {
-            // SAFETY: `run` proves the rows and columns; a partial vector reads only its elements,
-            // so that an infinity beyond the row cannot meet a zero gradient.
-            unsafe {
-                let grad = self.grad.as_ptr().add(y * self.grad_ld);
-                let input = self.input.as_ptr().add((y + i) * ld + j);
-                let mut x = 0;
-                while x + lanes <= ow {
-                    let g = simd.load(grad.add(x));
-                    for (r, acc) in acc.iter_mut().enumerate() {
-                        for (c, acc) in acc.iter_mut().enumerate() {
-                            *acc = simd.fma(g, simd.load(input.add(r * ld + x + c)), *acc);
-                        }
-                    }
-                    x += lanes;
-                }
-                if x < ow {
-                    let g = simd.load_first(grad.add(x), ow - x);
-                    for (r, acc) in acc.iter_mut().enumerate() {
-                        for (c, acc) in acc.iter_mut().enumerate() {
-                            let v = simd.load_first(input.add(r * ld + x + c), ow - x);
-                            *acc = simd.fma(g, v, *acc);
-                        }
-                    }
-                }
+        // SAFETY: the caller's promise; input row y + i, for y in first..end + I − 1, meets the
+        // gradient rows y − r in first..end alone.
+        unsafe {
+            // Ramping in, the first rows of input have no gradients through the lower taps.
+            if I > 1 {
+                self.row::<S, J, I>(simd, &mut acc, (first, i, j), 0, 1);
+            }
+            if I > 2 {
+                self.row::<S, J, I>(simd, &mut acc, (first + 1, i, j), 0, 2);
+            }
+            for y in first + I - 1..end {
+                self.row::<S, J, I>(simd, &mut acc, (y, i, j), 0, I);
+            }
+            if I > 1 {
+                self.row::<S, J, I>(simd, &mut acc, (end, i, j), 1, I);
+            }
+            if I > 2 {
+                self.row::<S, J, I>(simd, &mut acc, (end + 1, i, j), 2, I);
             }
         }
         for (r, acc) in acc.iter().enumerate() {
             for (c, &acc) in acc.iter().enumerate() {
                 self.sum[(i + r) * self.kernel.1 + j + c] += simd.sum(acc).to_f64();
+            }
+        }
+    }
+
+    /// Input row y + i through the rows of taps i + low..i + high.
+    ///
+    /// # Safety
+    /// As [`WeightGradient::taps`]; y − r must be a row of the gradient for r in low..high.
+    #[inline(always)]
+    unsafe fn row<S: Simd<T>, const J: usize, const I: usize>(
+        &self,
+        simd: S,
+        acc: &mut [[S::V; J]; I],
+        (y, i, j): (usize, usize, usize),
+        low: usize,
+        high: usize,
+    ) {
+        let (ow, lanes) = (self.out.1, simd.lanes());
+        // SAFETY: the caller's promise; a partial vector reads only its elements, so that an
+        // infinity beyond the row cannot meet a zero gradient.
+        unsafe {
+            let input = self.input.as_ptr().add((y + i) * self.ld + j);
+            let grad = |r: usize| self.grad.as_ptr().wrapping_add((y - r) * self.grad_ld);
+            let mut x = 0;
+            while x + lanes <= ow {
+                let mut g = [simd.splat(T::ZERO); I];
+                for (r, g) in g.iter_mut().enumerate() {
+                    if r >= low && r < high {
+                        *g = simd.load(grad(r).add(x));
+                    }
+                }
+                for c in 0..J {
+                    let v = simd.load(input.add(x + c));
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        if r >= low && r < high {
+                            acc[c] = simd.fma(g[r], v, acc[c]);
+                        }
+                    }
+                }
+                x += lanes;
+            }
+            if x < ow {
+                let mut g = [simd.splat(T::ZERO); I];
+                for (r, g) in g.iter_mut().enumerate() {
+                    if r >= low && r < high {
+                        *g = simd.load_first(grad(r).add(x), ow - x);
+                    }
+                }
+                for c in 0..J {
+                    let v = simd.load_first(input.add(x + c), ow - x);
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        if r >= low && r < high {
+                            acc[c] = simd.fma(g[r], v, acc[c]);
+                        }
+                    }
+                }
             }
         }
     }

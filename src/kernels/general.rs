@@ -1,22 +1,23 @@
 //! Depthwise convolution of any stride, dilation and kernel: plain loops over a padded plane.
 //!
-//! The compiler vectorises the inner loops where the stride is 1. Padded planes are ph × pw,
-//! contiguous.
+//! The compiler vectorises the inner loops where the stride is 1. Padded planes have ph rows of pw
+//! elements, `ld` apart.
 
 use crate::shape::Geometry;
 use crate::simd::{Kernel, Scalar, Simd};
 
 /// The start of the padded row and the columns `x · sw` that tap (i, j) of output row y reads.
 #[inline(always)]
-fn tap_row(geometry: &Geometry, y: usize, i: usize, j: usize) -> usize {
+fn tap_row(geometry: &Geometry, ld: usize, y: usize, i: usize, j: usize) -> usize {
     let conv = &geometry.conv;
-    (y * conv.stride[0] + i * conv.dilation[0]) * geometry.pw + j * conv.dilation[1]
+    (y * conv.stride[0] + i * conv.dilation[0]) * ld + j * conv.dilation[1]
 }
 
 /// out = bias + Σ weight · input, one plane.
 pub struct Forward<'a, T> {
     pub geometry: &'a Geometry,
     pub input: &'a [T],
+    pub ld: usize,
     pub weight: &'a [T],
     pub bias: T,
     pub out: &'a mut [T],
@@ -33,7 +34,7 @@ impl<T: Scalar> Kernel<T> for Forward<'_, T> {
             for i in 0..conv.kh {
                 for j in 0..conv.kw {
                     let w = self.weight[i * conv.kw + j];
-                    let input = &self.input[tap_row(self.geometry, y, i, j)..];
+                    let input = &self.input[tap_row(self.geometry, self.ld, y, i, j)..];
                     let input = &input[..(ow - 1) * conv.stride[1] + 1];
                     for (out, &v) in out.iter_mut().zip(input.iter().step_by(conv.stride[1])) {
                         *out = w.fma(v, *out);
@@ -50,6 +51,7 @@ pub struct InputGradient<'a, T> {
     pub grad: &'a [T],
     pub weight: &'a [T],
     pub padded: &'a mut [T],
+    pub ld: usize,
 }
 
 impl<T: Scalar> Kernel<T> for InputGradient<'_, T> {
@@ -62,7 +64,7 @@ impl<T: Scalar> Kernel<T> for InputGradient<'_, T> {
             for i in 0..conv.kh {
                 for j in 0..conv.kw {
                     let w = self.weight[i * conv.kw + j];
-                    let row = &mut self.padded[tap_row(self.geometry, y, i, j)..];
+                    let row = &mut self.padded[tap_row(self.geometry, self.ld, y, i, j)..];
                     let row = &mut row[..(ow - 1) * conv.stride[1] + 1];
                     for (v, &g) in row.iter_mut().step_by(conv.stride[1]).zip(grad) {
                         *v = w.fma(g, *v);
@@ -78,6 +80,7 @@ pub struct WeightGradient<'a, T> {
     pub geometry: &'a Geometry,
     pub grad: &'a [T],
     pub input: &'a [T],
+    pub ld: usize,
     pub sum: &'a mut [f64],
 }
 
@@ -90,7 +93,7 @@ impl<T: Scalar> Kernel<T> for WeightGradient<'_, T> {
         for (y, grad) in self.grad.chunks_exact(ow).enumerate() {
             for i in 0..conv.kh {
                 for j in 0..conv.kw {
-                    let input = &self.input[tap_row(self.geometry, y, i, j)..];
+                    let input = &self.input[tap_row(self.geometry, self.ld, y, i, j)..];
                     let input = input.iter().step_by(conv.stride[1]);
                     let products = grad.iter().zip(input).map(|(&g, &v)| g.to_f64() * v.to_f64());
                     self.sum[i * conv.kw + j] += products.sum::<f64>();

@@ -15,7 +15,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::kernels::MAX_LANES;
 use crate::kernels::activation::Affine;
-use crate::parallel;
+use crate::parallel::{self, Threads};
 use crate::simd::{self, Kernel, Simd};
 
 /// Rows of a band. 16 rows, or panels of 192 columns, showed no difference beyond the noise (± 5 %,
@@ -72,7 +72,7 @@ impl Dense {
         self.k / 2
     }
 
-    /// y = bias + weight ⋆ (scale · x + shift), where the padding is zero, not shift.
+    /// y = bias + weight ⋆ affine(x), where the padding is zero, not affine(0).
     ///
     /// x is (inputs, h, w), y (outputs, h, w), `affine` one map per input channel.
     pub(super) fn forward(
@@ -81,7 +81,7 @@ impl Dense {
         x: &[f32],
         y: &mut [f32],
         w: usize,
-        threads: usize,
+        threads: Threads,
     ) {
         let plane = x.len() / self.inputs;
         assert!(x.len() == self.inputs * plane && y.len() == self.outputs * plane);
@@ -194,9 +194,9 @@ impl Band<'_, '_> {
                 target.copy_from_slice(source);
                 continue;
             };
-            let Affine { scale, shift } = affine[i];
+            let Affine { centre, scale, shift } = affine[i];
             for (target, &x) in target.iter_mut().zip(source) {
-                *target = x * scale + shift;
+                *target = (x - centre) * scale + shift;
             }
         }
     }

@@ -3,7 +3,8 @@
 use super::NetError;
 use super::dense::Dense;
 use crate::kernels::activation::{Affine, Gate};
-use crate::ops::{self, Variant, XUnit};
+use crate::ops::{self, Variant, XUnit, XUnitOutput};
+use crate::parallel::Threads;
 use crate::shape::Batch;
 
 /// Batch norm's ε, as in `torch.nn.BatchNorm2d`.
@@ -21,8 +22,8 @@ pub(super) struct Buffers {
 pub(super) struct Norm {
     pub(super) weight: Vec<f32>,
     pub(super) bias: Vec<f32>,
-    pub(super) mean: Vec<f32>,
-    pub(super) var: Vec<f32>,
+    pub(super) mean: Vec<f64>,
+    pub(super) var: Vec<f64>,
 }
 
 impl Norm {
@@ -38,9 +39,8 @@ impl Norm {
 
     /// The affine map of channel `c`.
     pub(super) fn affine(&self, c: usize) -> Affine<f32> {
-        let scale = f64::from(self.weight[c]) / (f64::from(self.var[c]) + EPS).sqrt();
-        let shift = f64::from(self.bias[c]) - f64::from(self.mean[c]) * scale;
-        Affine { scale: scale as f32, shift: shift as f32 }
+        let scale = f64::from(self.weight[c]) / (self.var[c] + EPS).sqrt();
+        Affine { centre: self.mean[c] as f32, scale: scale as f32, shift: self.bias[c] }
     }
 }
 
@@ -51,7 +51,7 @@ pub(super) fn convolve(
     buffers: &mut Buffers,
     h: usize,
     w: usize,
-    threads: usize,
+    threads: Threads,
 ) -> Result<(), NetError> {
     let output = Batch::new(&[1, conv.outputs(), h, w])?;
     let affine = norm.map(|norm| (0..conv.inputs()).map(|c| norm.affine(c)).collect::<Vec<_>>());
@@ -105,13 +105,14 @@ impl Block {
         buffers: &mut Buffers,
         h: usize,
         w: usize,
-        threads: usize,
+        threads: Threads,
     ) -> Result<(), NetError> {
         convolve(&self.conv, self.norm.as_ref(), buffers, h, w, threads)?;
-        // Freed first: the unit's output is an allocation of its own.
-        buffers.x = Vec::new();
         let batch = Batch::new(&[1, self.conv.outputs(), h, w])?;
-        buffers.x = ops::xunit_forward(&self.unit.view(), batch, &buffers.y, false, threads)?.out;
+        buffers.x.resize(batch.size(), 0.0);
+        let out = &mut buffers.x[..];
+        let output = XUnitOutput { out, d: None, p: None, stats1: None, stats2: None };
+        ops::xunit_forward(&self.unit.view(), batch, &buffers.y, output, threads)?;
         Ok(())
     }
 }

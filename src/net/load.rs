@@ -190,8 +190,8 @@ impl<'a> File<'a> {
         Ok(Norm {
             weight: take("weight")?,
             bias: take("bias")?,
-            mean: take("running_mean")?,
-            var: take("running_var")?,
+            mean: take("running_mean")?.into_iter().map(f64::from).collect(),
+            var: take("running_var")?.into_iter().map(f64::from).collect(),
         })
     }
 

@@ -14,6 +14,7 @@ use std::fmt;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use crate::parallel::Threads;
 use crate::shape::{Batch, ShapeError};
 use dense::Dense;
 use layers::{Block, Buffers};
@@ -130,7 +131,7 @@ impl Network {
         &self.metadata
     }
 
-    /// The clean image of a noisy one, (C, H, W) contiguous, on `threads` threads (0: the default).
+    /// The clean image of a noisy one, (C, H, W) contiguous, on `threads`.
     ///
     /// With `tile` > 0 the image is computed in tiles of that side, each cut with its halo, which
     /// bounds the memory and changes no bit of the result; 0 takes the whole image at once. Errors
@@ -142,7 +143,7 @@ impl Network {
         h: usize,
         w: usize,
         tile: usize,
-        threads: usize,
+        threads: Threads,
     ) -> Result<Vec<f32>, NetError> {
         if c != self.channels {
             return Err(NetError::Image(format!(

@@ -1,109 +1,101 @@
 //! Depthwise convolution of any geometry, forward and backward.
 
-use super::{Padded, Planes, expect_len, plane, turned};
+use super::scratch::{Scratch, Window};
+use super::{Planes, expect_len, optional_len, plane, turned};
 use crate::kernels::{conv, general};
-use crate::parallel;
-use crate::shape::{Geometry, ShapeError};
+use crate::parallel::{self, Threads};
+use crate::shape::{Batch, Conv, Geometry, ShapeError};
 use crate::simd::{self, Scalar};
 
 /// y\[n, c\] = bias\[c\] + x\[n, c\] ⋆ weight\[c\], a cross-correlation as in `torch.nn.Conv2d`.
 ///
-/// `x` is (N, C, H, W) contiguous, `weight` (C, 1, kh, kw), `bias` (C); the output is
-/// `geometry.output()`. Errors if a length does not fit the geometry.
+/// `x` is (N, C, H, W) contiguous, `weight` (C, 1, kh, kw), `bias` (C); every element of `y`, of
+/// the shape `geometry.output()`, is written. Errors if a length does not fit the geometry.
 pub fn depthwise_forward<T: Scalar>(
     geometry: &Geometry,
     x: &[T],
     weight: &[T],
     bias: Option<&[T]>,
-    threads: usize,
-) -> Result<Vec<T>, ShapeError> {
+    y: &mut [T],
+    threads: Threads,
+) -> Result<(), ShapeError> {
     let (input, output, taps) = check(geometry, x, weight)?;
-    if let Some(bias) = bias {
-        expect_len("bias", bias, input.c)?;
-    }
-    let mut y = vec![T::ZERO; output.size()];
-    let planes = Planes::new(&mut y, output);
-    parallel::for_each(threads, input.c, |c| {
-        let weight = &weight[c * taps..][..taps];
+    optional_len("bias", bias, input.c)?;
+    expect_len("y", y, output.size())?;
+    let planes = Planes::new(y, output);
+    parallel::for_each(threads.for_work(output.size() * taps), input.c, |c| {
         let bias = bias.map_or(T::ZERO, |bias| bias[c]);
-        let mut padded = padded_input(geometry);
+        let weight = weight[c * taps..][..taps].to_vec();
+        let mut convolution = Convolution::new(geometry, weight, bias);
         for n in 0..input.n {
+            let next = if n + 1 < input.n { plane(x, input, n + 1, c) } else { &[] };
             // SAFETY: this task alone names channel c.
-            let out = unsafe { planes.plane(n, c) };
-            padded.fill(plane(x, input, n, c), input.w, None);
-            let input = &padded.data[..];
-            if geometry.is_dense() {
-                let kernel = (geometry.conv.kh, geometry.conv.kw);
-                simd::dispatch(conv::Forward { input, weight, bias, out, kernel, ow: output.w });
-            } else {
-                simd::dispatch(general::Forward { geometry, input, weight, bias, out });
-            }
+            convolution.run(plane(x, input, n, c), next, unsafe { planes.plane(n, c) });
         }
     });
-    Ok(y)
+    Ok(())
 }
 
-/// The gradients that were asked for.
+/// Where the gradients go that are asked for; every element is written.
 #[derive(Debug, Default)]
-pub struct DepthwiseGradients<T> {
-    pub x: Option<Vec<T>>,
-    pub weight: Option<Vec<T>>,
-    pub bias: Option<Vec<T>>,
+pub struct DepthwiseGradients<'a, T> {
+    pub x: Option<&'a mut [T]>,
+    pub weight: Option<&'a mut [T]>,
+    pub bias: Option<&'a mut [T]>,
 }
 
-/// The gradients of [`depthwise_forward`] to x, weight and bias, each only if `needs` asks for it.
+/// The gradients of [`depthwise_forward`] to x, weight and bias, each only if it is asked for.
 pub fn depthwise_backward<T: Scalar>(
     geometry: &Geometry,
     grad: &[T],
     x: &[T],
     weight: &[T],
-    needs: [bool; 3],
-    threads: usize,
-) -> Result<DepthwiseGradients<T>, ShapeError> {
+    gradients: DepthwiseGradients<'_, T>,
+    threads: Threads,
+) -> Result<(), ShapeError> {
     let (input, output, taps) = check(geometry, x, weight)?;
+    let DepthwiseGradients { x: gx, weight: gweight, bias: gbias } = gradients;
     expect_len("grad", grad, output.size())?;
-    let mut gx = if needs[0] { vec![T::ZERO; input.size()] } else { Vec::new() };
-    let gx_planes = needs[0].then(|| Planes::new(&mut gx, input));
-    let mut parameters = vec![0.0; input.c * (taps + 1)];
-    let per_channel = crate::shape::Batch { n: 1, c: input.c, h: 1, w: taps + 1 };
-    let sums = Planes::new(&mut parameters, per_channel);
-    parallel::for_each(threads, input.c, |c| {
+    optional_len("x's gradient", gx.as_deref(), input.size())?;
+    optional_len("weight's gradient", gweight.as_deref(), input.c * taps)?;
+    optional_len("bias's gradient", gbias.as_deref(), input.c)?;
+    let per_channel = |w: usize| Batch { n: 1, c: input.c, h: 1, w };
+    let grads = grad;
+    let gx = gx.map(|gx| Planes::new(gx, input));
+    let gweight = gweight.map(|gweight| Planes::new(gweight, per_channel(taps)));
+    let gbias = gbias.map(|gbias| Planes::new(gbias, per_channel(1)));
+    parallel::for_each(threads.for_work(output.size() * taps), input.c, |c| {
         let weight = &weight[c * taps..][..taps];
-        // SAFETY: this task alone names channel c.
-        let (sum_weight, sum_bias) = unsafe { sums.plane(0, c) }.split_at_mut(taps);
-        let mut padded = padded_input(geometry);
-        let mut transposed = InputGradient::new(geometry, weight);
+        let mut sum = vec![0.0; taps];
+        let mut sum_bias = 0.0;
+        let mut transposed = gx.is_some().then(|| Transposed::new(geometry, weight));
+        let mut window = gweight.is_some().then(|| Window::new(geometry));
         for n in 0..input.n {
-            let grad = plane(grad, output, n, c);
-            if needs[2] {
-                sum_bias[0] += grad.iter().map(|g| g.to_f64()).sum::<f64>();
+            let grad = plane(grads, output, n, c);
+            if gbias.is_some() {
+                sum_bias += grad.iter().map(|g| g.to_f64()).sum::<f64>();
             }
-            if needs[1] {
-                padded.fill(plane(x, input, n, c), input.w, None);
-                let (input, sum) = (&padded.data[..], &mut *sum_weight);
-                if geometry.is_dense() {
-                    let kernel = (geometry.conv.kh, geometry.conv.kw);
-                    let out = (output.h, output.w);
-                    let grad_ld = output.w;
-                    simd::dispatch(conv::WeightGradient { grad, grad_ld, input, sum, kernel, out });
-                } else {
-                    simd::dispatch(general::WeightGradient { geometry, grad, input, sum });
-                }
+            if let Some(window) = &mut window {
+                weight_gradient(geometry, window, grad, plane(x, input, n, c), &mut sum);
             }
-            if let Some(planes) = &gx_planes {
+            if let (Some(transposed), Some(gx)) = (&mut transposed, &gx) {
+                let next = if n + 1 < input.n { plane(grads, output, n + 1, c) } else { &[] };
                 // SAFETY: this task alone names channel c.
-                transposed.run(grad, unsafe { planes.plane(n, c) });
+                transposed.run(grad, next, unsafe { gx.plane(n, c) });
             }
         }
+        if let Some(gweight) = &gweight {
+            // SAFETY: as above.
+            let gweight = unsafe { gweight.plane(0, c) };
+            gweight.iter_mut().zip(&sum).for_each(|(g, &sum)| *g = T::from_f64(sum));
+        }
+        if let Some(gbias) = &gbias {
+            // SAFETY: as above.
+            let gbias = unsafe { gbias.plane(0, c) };
+            gbias[0] = T::from_f64(sum_bias);
+        }
     });
-    let channels = parameters.chunks_exact(taps + 1);
-    Ok(DepthwiseGradients {
-        x: needs[0].then_some(gx),
-        weight: needs[1].then(|| {
-            channels.clone().flat_map(|sums| &sums[..taps]).map(|&s| T::from_f64(s)).collect()
-        }),
-        bias: needs[2].then(|| channels.map(|sums| T::from_f64(sums[taps])).collect()),
-    })
+    Ok(())
 }
 
 /// Checks the lengths of x and weight; returns the two shapes and the taps per channel.
@@ -111,64 +103,120 @@ fn check<T>(
     geometry: &Geometry,
     x: &[T],
     weight: &[T],
-) -> Result<(crate::shape::Batch, crate::shape::Batch, usize), ShapeError> {
+) -> Result<(Batch, Batch, usize), ShapeError> {
     let taps = geometry.conv.kh * geometry.conv.kw;
     expect_len("x", x, geometry.input.size())?;
     expect_len("weight", weight, geometry.input.c * taps)?;
     Ok((geometry.input, geometry.output(), taps))
 }
 
-/// The padded plane that the forward and weight-gradient kernels read.
-fn padded_input<T: Scalar>(geometry: &Geometry) -> Padded<T> {
-    let Geometry { conv, ow, ph, pw, .. } = *geometry;
-    let ld = if geometry.is_dense() { conv::row_stride(ow, conv.kw) } else { pw };
-    Padded::new(ph, ld, conv.padding[0], conv.padding[2])
-}
-
-/// The gradient to one input plane after another, with its scratch.
-struct InputGradient<'a, T> {
-    geometry: &'a Geometry,
+/// The convolution of one plane after another with the same taps.
+struct Convolution<T> {
+    geometry: Geometry,
     weight: Vec<T>,
-    padded: Padded<T>,
-    /// The gradient of the whole padded input, where padding is cut off afterwards.
-    whole: Vec<T>,
+    bias: T,
+    window: Window<T>,
 }
 
-impl<'a, T: Scalar> InputGradient<'a, T> {
-    fn new(geometry: &'a Geometry, weight: &[T]) -> Self {
-        let Geometry { conv, ph, pw, .. } = *geometry;
-        if !geometry.is_dense() {
-            let padded = Padded::new(0, pw, conv.padding[0], conv.padding[2]);
-            let whole = vec![T::ZERO; ph * pw];
-            return Self { geometry, weight: weight.to_vec(), padded, whole };
-        }
-        // A convolution of the gradient, padded by k − 1, with the taps turned: it yields the
-        // padded input's gradient, of which padding may take any part, so that it is cut off after.
-        let ld = conv::row_stride(pw, conv.kw);
-        let padded = Padded::new(ph + conv.kh - 1, ld, conv.kh - 1, conv.kw - 1);
-        Self { geometry, weight: turned(weight), padded, whole: vec![T::ZERO; ph * pw] }
+impl<T: Scalar> Convolution<T> {
+    fn new(geometry: &Geometry, weight: Vec<T>, bias: T) -> Self {
+        Self { geometry: *geometry, weight, bias, window: Window::new(geometry) }
     }
 
-    fn run(&mut self, grad: &[T], out: &mut [T]) {
-        let Geometry { conv, input, ow, pw, .. } = *self.geometry;
-        let (weight, padded) = (&self.weight[..], &mut self.whole[..]);
-        if self.geometry.is_dense() {
-            self.padded.fill(grad, ow, None);
-            let input = &self.padded.data[..];
-            let (kernel, bias) = ((conv.kh, conv.kw), T::ZERO);
-            simd::dispatch(conv::Forward { input, weight, bias, out: padded, kernel, ow: pw });
-        } else {
-            padded.fill(T::ZERO);
-            simd::dispatch(general::InputGradient {
-                geometry: self.geometry,
-                grad,
-                weight,
-                padded,
-            });
+    /// Writes the convolution of `x` to `out`; `next` is the plane of the next call.
+    fn run(&mut self, x: &[T], next: &[T], out: &mut [T]) {
+        let Self { ref geometry, ref weight, bias, ref mut window } = *self;
+        let Geometry { conv, ow, oh, ph, .. } = *geometry;
+        if !geometry.is_dense() {
+            window.slide_over(0..ph, x, None);
+            let (input, ld) = (window.input(), window.ld);
+            simd::dispatch(general::Forward { geometry, input, ld, weight, bias, out });
+            return;
         }
-        let rows = self.whole[conv.padding[0] * pw..].chunks_exact(pw);
-        for (out, row) in out.chunks_exact_mut(input.w).zip(rows) {
-            out.copy_from_slice(&row[conv.padding[2]..][..input.w]);
+        let strip = window.strip(geometry);
+        for (y, out) in (0..oh).step_by(strip).zip(out.chunks_mut(strip * ow)) {
+            window.slide_over(y..(y + strip).min(oh) + conv.kh - 1, x, None);
+            let end = y + strip;
+            let next = if end < oh {
+                window.ahead(end..(end + strip).min(oh) + conv.kh - 1, x)
+            } else if next.is_empty() {
+                next
+            } else {
+                window.ahead(0..strip + conv.kh - 1, next)
+            };
+            let (input, ld, kernel) = (window.input(), window.ld, (conv.kh, conv.kw));
+            simd::dispatch(conv::Forward { input, ld, weight, bias, out, kernel, ow, next });
+        }
+    }
+}
+
+/// Adds the weight's gradient of one plane to `sum`.
+fn weight_gradient<T: Scalar>(
+    geometry: &Geometry,
+    window: &mut Window<T>,
+    grad: &[T],
+    x: &[T],
+    sum: &mut [f64],
+) {
+    let Geometry { conv, ow, oh, ph, .. } = *geometry;
+    if !geometry.is_dense() {
+        window.slide_over(0..ph, x, None);
+        let (input, ld) = (window.input(), window.ld);
+        simd::dispatch(general::WeightGradient { geometry, grad, input, ld, sum });
+        return;
+    }
+    let strip = window.strip(geometry);
+    for (y, grad) in (0..oh).step_by(strip).zip(grad.chunks(strip * ow)) {
+        let rows = (y + strip).min(oh) - y;
+        window.slide_over(y..y + rows + conv.kh - 1, x, None);
+        simd::dispatch(conv::WeightGradient {
+            grad,
+            grad_ld: ow,
+            input: window.input(),
+            ld: window.ld,
+            sum: &mut *sum,
+            kernel: (conv.kh, conv.kw),
+            out: (rows, ow),
+        });
+    }
+}
+
+/// The gradient to one input plane after another.
+enum Transposed<'a, T> {
+    /// A convolution of the padded gradient with the taps turned.
+    Dense(Convolution<T>),
+    /// Into the whole padded plane, of which padding is cut off after.
+    General { geometry: &'a Geometry, weight: &'a [T] },
+}
+
+impl<'a, T: Scalar> Transposed<'a, T> {
+    fn new(geometry: &'a Geometry, weight: &'a [T]) -> Self {
+        let Conv { kh, kw, padding: [top, bottom, left, right], .. } = geometry.conv;
+        if geometry.is_dense() && top.max(bottom) < kh && left.max(right) < kw {
+            let padding = [kh - 1 - top, kh - 1 - bottom, kw - 1 - left, kw - 1 - right];
+            let conv = Conv { padding, ..geometry.conv };
+            if let Ok(geometry) = Geometry::new(geometry.output(), conv) {
+                return Self::Dense(Convolution::new(&geometry, turned(weight), T::ZERO));
+            }
+        }
+        Self::General { geometry, weight }
+    }
+
+    /// Writes the gradient to `out`; `next` is the gradient of the next call.
+    fn run(&mut self, grad: &[T], next: &[T], out: &mut [T]) {
+        match self {
+            Self::Dense(convolution) => convolution.run(grad, next, out),
+            Self::General { geometry, weight } => {
+                let Geometry { conv, input, ph, pw, .. } = **geometry;
+                let mut whole = Scratch::new(ph * pw);
+                whole.fill(T::ZERO);
+                let (padded, ld) = (&mut whole[..], pw);
+                simd::dispatch(general::InputGradient { geometry, grad, weight, padded, ld });
+                let rows = whole[conv.padding[0] * pw..].chunks_exact(pw);
+                for (out, row) in out.chunks_exact_mut(input.w).zip(rows) {
+                    out.copy_from_slice(&row[conv.padding[2]..][..input.w]);
+                }
+            }
         }
     }
 }

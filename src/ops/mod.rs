@@ -1,23 +1,25 @@
-//! Whole tensors: checks, scratch, the split over channels, and calls to kernels.
+//! Whole tensors: checks, scratch, the split over channels, and calls to kernels. Results go where
+//! the caller says, so that no pass over memory clears what another overwrites.
 //!
 //! The task is a channel: all its planes in a fixed order on one thread, so that every sum has one
 //! order whatever the thread count, and the planes of a channel stay in cache from one pass to the
 //! next.
 
 mod depthwise;
+mod pointwise;
+mod scratch;
 mod xunit;
 
 use std::marker::PhantomData;
 
 pub use depthwise::{DepthwiseGradients, depthwise_backward, depthwise_forward};
+pub use pointwise::Pointwise;
 pub use xunit::{
-    Norm, NormStats, Pointwise, Variant, XUnit, XUnitForward, XUnitGradients, xunit_backward,
-    xunit_forward,
+    BatchStats, Norm, PointwiseGradients, Running, Variant, XUnit, XUnitGradients, XUnitOutput,
+    XUnitSaved, xunit_backward, xunit_forward,
 };
 
-use crate::kernels::activation::{Affine, Fill};
 use crate::shape::{Batch, ShapeError, shape_error};
-use crate::simd::{self, Scalar};
 
 /// A tensor that channel tasks write, each its own planes.
 struct Planes<'a, T> {
@@ -54,25 +56,6 @@ fn plane<T>(tensor: &[T], batch: Batch, n: usize, c: usize) -> &[T] {
     &tensor[(n * batch.c + c) * batch.plane()..][..batch.plane()]
 }
 
-/// A zeroed plane with room for padding: only its middle is ever written.
-struct Padded<T> {
-    data: Vec<T>,
-    ld: usize,
-    origin: usize,
-}
-
-impl<T: Scalar> Padded<T> {
-    /// `rows` rows `ld` apart, the plane's first element at (top, left).
-    fn new(rows: usize, ld: usize, top: usize, left: usize) -> Self {
-        Self { data: vec![T::ZERO; rows * ld], ld, origin: top * ld + left }
-    }
-
-    fn fill(&mut self, plane: &[T], width: usize, relu_of: Option<Affine<T>>) {
-        let Self { ref mut data, ld, origin } = *self;
-        simd::dispatch(Fill { plane, width, relu_of, padded: data, ld, origin });
-    }
-}
-
 /// Checks that a tensor has as many elements as its shape says.
 fn expect_len<T>(name: &str, tensor: &[T], len: usize) -> Result<(), ShapeError> {
     if tensor.len() == len {
@@ -80,6 +63,10 @@ fn expect_len<T>(name: &str, tensor: &[T], len: usize) -> Result<(), ShapeError>
     } else {
         Err(shape_error!("{name} must have {len} elements, got {}", tensor.len()))
     }
+}
+
+fn optional_len<T>(name: &str, tensor: Option<&[T]>, len: usize) -> Result<(), ShapeError> {
+    tensor.map_or(Ok(()), |tensor| expect_len(name, tensor, len))
 }
 
 /// The taps turned by 180°: the kernel of the transposed convolution.

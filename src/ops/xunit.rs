@@ -4,13 +4,17 @@
 //! of its output, gate. Only x and d (and for the dense unit the pointwise product p) are kept for
 //! backward, which recomputes ReLU, batch norm and gate from them.
 
-use super::{Padded, Planes, expect_len, plane, turned};
+use std::ops::Range;
+
+use super::pointwise::Pointwise;
+use super::scratch::{Scratch, Window};
+use super::{Planes, expect_len, optional_len, plane, turned};
 use crate::kernels::activation::{
-    AddGated, Affine, Apply, FillGradient, Finish, Gate, GateGradient, Moments, NormGradient,
+    AddFinished, Affine, Apply, FillGradient, Finish, Gate, GateGradient, NormGradient,
     ReluGradient, Sums,
 };
 use crate::kernels::conv;
-use crate::parallel;
+use crate::parallel::{self, Threads};
 use crate::shape::{Batch, Conv, Geometry, ShapeError, shape_error};
 use crate::simd::{self, Scalar};
 
@@ -31,18 +35,11 @@ pub struct Norm<'a, T> {
     pub weight: &'a [T],
     pub bias: &'a [T],
     /// Mean and biased variance. Forward: the running ones, or `None` for the batch's. Backward:
-    /// the ones that forward used.
-    pub stats: Option<(&'a [T], &'a [T])>,
+    /// the ones that forward used; they are not rounded to `T` in between, see [`NormGradient`].
+    pub stats: Option<(&'a [f64], &'a [f64])>,
     pub eps: f64,
     /// Backward only: whether `stats` are the batch's own, so that they have a gradient.
     pub training: bool,
-}
-
-/// The 1×1 convolution of the dense unit: weight (C, C), bias (C).
-#[derive(Clone, Copy, Debug)]
-pub struct Pointwise<'a, T> {
-    pub weight: &'a [T],
-    pub bias: Option<&'a [T]>,
 }
 
 /// The parameters of an xUnit.
@@ -62,61 +59,97 @@ pub struct XUnit<'a, T> {
     pub norm2: Option<Norm<'a, T>>,
 }
 
-/// Mean and biased variance per channel.
-pub type NormStats<T> = (Vec<T>, Vec<T>);
-
-/// What forward returns.
+/// Where forward leaves its results; every element is written.
 #[derive(Debug)]
-pub struct XUnitForward<T> {
-    pub out: Vec<T>,
-    /// The depthwise output before its batch norm; kept if asked for.
-    pub d: Option<Vec<T>>,
-    /// The pointwise output before its batch norm (dense); kept if asked for.
-    pub p: Option<Vec<T>>,
-    /// Batch statistics of the batch norms that used them.
-    pub stats1: Option<NormStats<T>>,
-    pub stats2: Option<NormStats<T>>,
+pub struct XUnitOutput<'a, T> {
+    pub out: &'a mut [T],
+    /// The depthwise output before its batch norm, for [`xunit_backward`].
+    pub d: Option<&'a mut [T]>,
+    /// The pointwise output before its batch norm (dense), for [`xunit_backward`].
+    pub p: Option<&'a mut [T]>,
+    /// The statistics of a batch norm that uses the batch's; else nothing is written.
+    pub stats1: Option<BatchStats<'a, T>>,
+    pub stats2: Option<BatchStats<'a, T>>,
 }
 
-/// The gradients to every input and parameter that there is.
+/// Mean and biased variance of a batch per channel, and the running ones that follow them.
 #[derive(Debug)]
-pub struct XUnitGradients<T> {
-    pub x: Vec<T>,
-    pub pointwise_weight: Option<Vec<T>>,
-    pub pointwise_bias: Option<Vec<T>>,
-    pub weight: Vec<T>,
-    pub bias: Vec<T>,
+pub struct BatchStats<'a, T> {
+    pub mean: &'a mut [f64],
+    pub var: &'a mut [f64],
+    pub running: Option<Running<'a, T>>,
+}
+
+/// The running mean and unbiased variance: r ← (1 − momentum) · r + momentum · batch.
+#[derive(Debug)]
+pub struct Running<'a, T> {
+    pub mean: &'a mut [T],
+    pub var: &'a mut [T],
+    pub momentum: f64,
+}
+
+impl<T: Scalar> BatchStats<'_, T> {
+    /// Writes the statistics of `count` values per channel, (mean, biased variance) pairs.
+    fn write(self, stats: impl Iterator<Item = (f64, f64)>, count: f64) {
+        let Self { mean, var, mut running } = self;
+        for (c, (m, v)) in stats.enumerate() {
+            (mean[c], var[c]) = (m, v);
+            if let Some(Running { mean, var, momentum }) = &mut running {
+                let follow =
+                    |r: T, new: f64| T::from_f64(r.to_f64() * (1.0 - *momentum) + new * *momentum);
+                mean[c] = follow(mean[c], m);
+                var[c] = follow(var[c], v * (count / (count - 1.0)));
+            }
+        }
+    }
+}
+
+/// What forward read and left.
+#[derive(Clone, Copy, Debug)]
+pub struct XUnitSaved<'a, T> {
+    pub x: &'a [T],
+    pub d: &'a [T],
+    /// Dense only.
+    pub p: Option<&'a [T]>,
+}
+
+/// Where the gradients go; every element is written.
+#[derive(Debug)]
+pub struct XUnitGradients<'a, T> {
+    pub x: &'a mut [T],
+    /// Dense only.
+    pub pointwise: Option<PointwiseGradients<'a, T>>,
+    pub weight: &'a mut [T],
+    pub bias: Option<&'a mut [T]>,
     /// (weight, bias)
-    pub norm1: Option<(Vec<T>, Vec<T>)>,
-    pub norm2: Option<(Vec<T>, Vec<T>)>,
+    pub norm1: Option<(&'a mut [T], &'a mut [T])>,
+    pub norm2: Option<(&'a mut [T], &'a mut [T])>,
 }
 
-/// One channel of a batch norm, resolved: the affine map and the moments behind it.
+/// The gradients of the 1×1 convolution, and the one to its output, which is made on the way.
+#[derive(Debug)]
+pub struct PointwiseGradients<'a, T> {
+    pub p: &'a mut [T],
+    pub weight: &'a mut [T],
+    pub bias: Option<&'a mut [T]>,
+}
+
+/// One channel of a batch norm, resolved: the affine map and the statistics behind it.
 #[derive(Clone, Copy)]
 struct Channel<T> {
     affine: Affine<T>,
-    moments: Moments<T>,
+    mean: f64,
+    inv_std: f64,
 }
 
 impl<T: Scalar> Channel<T> {
-    /// Without batch norm: nothing changes.
-    fn identity() -> Self {
-        Self {
-            affine: Affine { scale: T::ONE, shift: T::ZERO },
-            moments: Moments { mean: T::ZERO, inv_std: T::ONE },
-        }
-    }
-
     fn new(norm: &Norm<'_, T>, c: usize, mean: f64, var: f64) -> Self {
         let inv_std = 1.0 / (var + norm.eps).sqrt();
         let scale = norm.weight[c].to_f64() * inv_std;
-        Self {
-            affine: Affine {
-                scale: T::from_f64(scale),
-                shift: T::from_f64(norm.bias[c].to_f64() - mean * scale),
-            },
-            moments: Moments { mean: T::from_f64(mean), inv_std: T::from_f64(inv_std) },
-        }
+        let centre = T::from_f64(mean);
+        let shift = norm.bias[c].to_f64() + (centre.to_f64() - mean) * scale;
+        let affine = Affine { centre, scale: T::from_f64(scale), shift: T::from_f64(shift) };
+        Self { affine, mean, inv_std }
     }
 
     /// From given statistics; the identity without batch norm.
@@ -124,36 +157,67 @@ impl<T: Scalar> Channel<T> {
         match norm {
             Some(norm) => {
                 let (mean, var) = norm.stats.expect("checked by the caller");
-                Self::new(norm, c, mean[c].to_f64(), var[c].to_f64())
+                Self::new(norm, c, mean[c], var[c])
             }
-            None => Self::identity(),
+            None => Self { affine: Affine::identity(), mean: 0.0, inv_std: 1.0 },
         }
+    }
+
+    /// Σ e · x̂, from Σ e and Σ e · (x − centre).
+    fn normalised(&self, [sum, centred]: [f64; 2]) -> f64 {
+        let offset = self.affine.centre.to_f64() - self.mean;
+        // No zero, and no sign of a rounding, may meet an infinite sum.
+        let offset = if sum.is_infinite() { 0.0 } else { offset * sum };
+        (centred + offset) * self.inv_std
+    }
+
+    /// The gradient to the norm's input; `training`: the number of values, whose statistics it used.
+    fn gradient(&self, training: Option<f64>, sums: [f64; 2]) -> NormGradient<T> {
+        let batch = training.map(|count| {
+            let scale = self.affine.scale.to_f64();
+            let slope = -scale * self.inv_std * self.normalised(sums) / count;
+            let shift = -scale * sums[0] / count;
+            (slope, shift + slope * (self.affine.centre.to_f64() - self.mean))
+        });
+        NormGradient::new(self.affine, batch)
     }
 }
 
-/// Mean and biased variance over the planes of one channel: sums about each plane's first element,
-/// joined by Chan's formula.
+/// Mean and biased variance over the planes of one channel.
 #[derive(Default)]
 struct Statistics {
     count: f64,
-    mean: f64,
+    sum: f64,
     squares: f64,
 }
 
 impl Statistics {
+    /// Adds up about the mean so far, at first the plane's own: about an outlier the squares, which
+    /// are added up in `T`, would swamp the variance. Joined by Chan's formula.
     fn add<T: Scalar>(&mut self, plane: &[T]) {
-        let origin = plane[0];
-        let (first, second) = simd::dispatch(Sums { plane, origin });
         let count = plane.len() as f64;
-        let mean = origin.to_f64() + first / count;
+        let origin = if self.count == 0.0 {
+            simd::dispatch(Sums { plane, origin: T::ZERO }).0 / count
+        } else {
+            self.mean()
+        };
+        let origin = if origin.is_finite() { T::from_f64(origin) } else { T::ZERO };
+        let (first, second) = simd::dispatch(Sums { plane, origin });
         // Rounding may take this below zero on a constant plane; NaN must survive.
         let squares = second - first * first / count;
         let squares = if squares < 0.0 { 0.0 } else { squares };
-        let total = self.count + count;
-        let delta = mean - self.mean;
-        self.mean += delta * count / total;
-        self.squares += squares + delta * delta * self.count * count / total;
-        self.count = total;
+        let sum = origin.to_f64() * count + first;
+        if self.count > 0.0 {
+            let delta = sum / count - self.mean();
+            self.squares += delta * delta * self.count * count / (self.count + count);
+        }
+        self.squares += squares;
+        self.sum += sum;
+        self.count += count;
+    }
+
+    fn mean(&self) -> f64 {
+        self.sum / self.count
     }
 
     fn var(&self) -> f64 {
@@ -161,32 +225,48 @@ impl Statistics {
     }
 }
 
+/// The multiply-adds that an activation's exponentials and sums are worth, beside its taps.
+const POINTWISE_WORK: usize = 16;
+
 /// Forward of an xUnit: out = x · g(d).
 ///
-/// x is (N, C, H, W) contiguous. With `save`, d (and p) come back for [`xunit_backward`]. Errors if
-/// a parameter's length does not fit, or a batch norm in training sees one value per channel.
+/// x is (N, C, H, W) contiguous. [`xunit_backward`] wants `output.d` (and `output.p`). Errors if a
+/// length does not fit, or a batch norm in training sees one value per channel.
 pub fn xunit_forward<T: Scalar>(
     unit: &XUnit<'_, T>,
     batch: Batch,
     x: &[T],
-    save: bool,
-    threads: usize,
-) -> Result<XUnitForward<T>, ShapeError> {
+    output: XUnitOutput<'_, T>,
+    threads: Threads,
+) -> Result<(), ShapeError> {
     let geometry = check(unit, batch, x)?;
+    let XUnitOutput { out, d, p, stats1, stats2 } = output;
+    expect_len("out", out, batch.size())?;
+    optional_len("d", d.as_deref(), batch.size())?;
+    optional_len("p", p.as_deref(), batch.size())?;
+    for (norm, stats) in [(&unit.norm1, &stats1), (&unit.norm2, &stats2)] {
+        check_stats(norm, stats, batch.c)?;
+    }
     let (taps, k) = (unit.kernel * unit.kernel, unit.kernel);
-    let p = match unit.pointwise {
-        Some(pointwise) => Some(pointwise_forward(&pointwise, batch, x, threads)),
-        None => None,
+    let threads = threads.for_work(batch.size() * (taps + POINTWISE_WORK));
+    let mut own = Vec::new();
+    let u = match unit.pointwise {
+        Some(pointwise) => {
+            let p = p.unwrap_or_else(|| {
+                own = vec![T::ZERO; batch.size()];
+                &mut own
+            });
+            pointwise.forward(batch, x, p, threads);
+            &*p
+        }
+        None => x,
     };
-    let u = p.as_deref().unwrap_or(x);
 
-    let mut out = vec![T::ZERO; batch.size()];
-    let mut d = if save { vec![T::ZERO; batch.size()] } else { Vec::new() };
     let mut stats = vec![0.0; 4 * batch.c];
-    let out_planes = Planes::new(&mut out, batch);
-    let d_planes = save.then(|| Planes::new(&mut d, batch));
+    let out_planes = Planes::new(out, batch);
+    let d_planes = d.map(|d| Planes::new(d, batch));
     let stats_planes = Planes::new(&mut stats, Batch { n: 1, c: batch.c, h: 1, w: 4 });
-    // Without statistics of d to wait for, each plane is gated as soon as it is convolved.
+    // Without statistics of d to wait for, each strip is gated as soon as it is convolved.
     let waits = unit.norm2.is_some_and(|norm| norm.stats.is_none());
 
     parallel::for_each(threads, batch.c, |c| {
@@ -196,7 +276,7 @@ pub fn xunit_forward<T: Scalar>(
             Some(norm) if norm.stats.is_none() => {
                 let mut statistics = Statistics::default();
                 (0..batch.n).for_each(|n| statistics.add(plane(u, batch, n, c)));
-                (stats[0], stats[1]) = (statistics.mean, statistics.var());
+                (stats[0], stats[1]) = (statistics.mean(), statistics.var());
                 Channel::new(norm, c, stats[0], stats[1])
             }
             norm => Channel::given(norm.as_ref(), c),
@@ -204,108 +284,104 @@ pub fn xunit_forward<T: Scalar>(
         let relu_of = (unit.variant != Variant::Slim).then_some(first.affine);
         let weight = &unit.weight[c * taps..][..taps];
         let bias = unit.bias.map_or(T::ZERO, |bias| bias[c]);
-        let mut padded = Padded::new(geometry.ph, conv::row_stride(batch.w, k), k / 2, k / 2);
-        let mut scratch = vec![T::ZERO; if save || waits { 0 } else { batch.plane() }];
-        let mut statistics = Statistics::default();
-        let gate = |d: &[T], n: usize, channel: &Channel<T>, out: &mut [T]| {
-            let x = plane(x, batch, n, c);
+        let given = (!waits).then(|| Channel::given(unit.norm2.as_ref(), c));
+        let gate = |x: &[T], d: &[T], channel: &Channel<T>, out: &mut [T]| {
             simd::dispatch(Apply { gate: unit.gate, x, d, affine: channel.affine, out });
         };
-        let given = (!waits).then(|| Channel::given(unit.norm2.as_ref(), c));
+        let mut window = Window::new(&geometry);
+        let strip = window.strip(&geometry);
+        let keeps = waits || d_planes.is_some();
+        let mut scratch = Scratch::new(if keeps { 0 } else { strip * batch.w });
+        let mut statistics = Statistics::default();
         for n in 0..batch.n {
-            padded.fill(plane(u, batch, n, c), batch.w, relu_of);
-            // SAFETY: this task alone names channel c, and `d_n` and `out` are of two tensors.
-            let out = unsafe { out_planes.plane(n, c) };
-            // Where d is not kept but its statistics are awaited, it waits in the output.
-            let d_n = match &d_planes {
-                // SAFETY: as above.
-                Some(planes) => unsafe { planes.plane(n, c) },
-                None if waits => &mut *out,
-                None => &mut scratch,
-            };
-            let (input, kernel) = (&padded.data[..], (k, k));
-            simd::dispatch(conv::Forward { input, weight, bias, out: d_n, kernel, ow: batch.w });
-            match given {
-                Some(channel) => {
-                    let d_n = &*d_n;
-                    // `d_n` is not `out` here: only a unit that waits puts it there.
+            let (x, u) = (plane(x, batch, n, c), plane(u, batch, n, c));
+            for y in (0..batch.h).step_by(strip) {
+                let end = (y + strip).min(batch.h);
+                let pixels = y * batch.w..end * batch.w;
+                window.slide_over(y..end + k - 1, u, relu_of);
+                // SAFETY: this task alone names channel c, and `d` and `out` are two tensors.
+                let out = &mut unsafe { out_planes.plane(n, c) }[pixels.clone()];
+                let (d, out) = match &d_planes {
                     // SAFETY: as above.
-                    gate(d_n, n, &channel, unsafe { out_planes.plane(n, c) });
+                    Some(planes) => (&mut unsafe { planes.plane(n, c) }[pixels.clone()], Some(out)),
+                    // Where d is not kept but its statistics are awaited, it waits in the output.
+                    None if waits => (out, None),
+                    None => (&mut scratch[..pixels.len()], Some(out)),
+                };
+                let next = window.ahead(end..(end + strip).min(batch.h) + k - 1, u);
+                simd::dispatch(conv::Forward {
+                    input: window.input(),
+                    ld: window.ld,
+                    weight,
+                    bias,
+                    out: &mut *d,
+                    kernel: (k, k),
+                    ow: batch.w,
+                    next: if end < batch.h { next } else { &[] },
+                });
+                match (given, out) {
+                    (Some(channel), Some(out)) => gate(&x[pixels], d, &channel, out),
+                    _ => statistics.add(d),
                 }
-                None => statistics.add(d_n),
             }
         }
         if let (None, Some(norm)) = (given, &unit.norm2) {
-            (stats[2], stats[3]) = (statistics.mean, statistics.var());
+            (stats[2], stats[3]) = (statistics.mean(), statistics.var());
             let channel = Channel::new(norm, c, stats[2], stats[3]);
-            let mut copy = vec![T::ZERO; if save { 0 } else { batch.plane() }];
+            let mut copy = Scratch::new(if d_planes.is_some() { 0 } else { batch.plane() });
             for n in 0..batch.n {
                 // SAFETY: this task alone names channel c.
-                let out = unsafe { out_planes.plane(n, c) };
+                let (x, out) = (plane(x, batch, n, c), unsafe { out_planes.plane(n, c) });
                 match &d_planes {
                     // SAFETY: as above; the two tensors differ.
-                    Some(planes) => gate(unsafe { planes.plane(n, c) }, n, &channel, out),
+                    Some(planes) => gate(x, unsafe { planes.plane(n, c) }, &channel, out),
                     None => {
                         copy.copy_from_slice(out);
-                        gate(&copy, n, &channel, out);
+                        gate(x, &copy, &channel, out);
                     }
                 }
             }
         }
     });
-    let collect = |norm: &Option<Norm<'_, T>>, at: usize| {
-        norm.filter(|norm| norm.stats.is_none()).map(|_| {
-            let pick = |i: usize| stats.chunks_exact(4).map(|s| T::from_f64(s[i])).collect();
-            (pick(at), pick(at + 1))
-        })
-    };
-    let (stats1, stats2) = (collect(&unit.norm1, 0), collect(&unit.norm2, 2));
-    Ok(XUnitForward { out, d: save.then_some(d), p: p.filter(|_| save), stats1, stats2 })
+    let count = (batch.n * batch.plane()) as f64;
+    for (i, given) in [(0, stats1), (2, stats2)] {
+        if let Some(given) = given {
+            given.write(stats.chunks_exact(4).map(|s| (s[i], s[i + 1])), count);
+        }
+    }
+    Ok(())
 }
 
-/// Backward of an xUnit: `grad` at out, x, and the d (and p) that forward kept.
+/// Backward of an xUnit, from `grad` at out.
 ///
 /// The norms carry the statistics that forward used. Errors if a length does not fit.
 pub fn xunit_backward<T: Scalar>(
     unit: &XUnit<'_, T>,
     batch: Batch,
     grad: &[T],
-    x: &[T],
-    d: &[T],
-    p: Option<&[T]>,
-    threads: usize,
-) -> Result<XUnitGradients<T>, ShapeError> {
+    saved: XUnitSaved<'_, T>,
+    gradients: XUnitGradients<'_, T>,
+    threads: Threads,
+) -> Result<(), ShapeError> {
+    let XUnitSaved { x, d, p } = saved;
     let geometry = check(unit, batch, x)?;
     expect_len("grad", grad, batch.size())?;
     expect_len("d", d, batch.size())?;
-    if let Some(p) = p {
-        expect_len("p", p, batch.size())?;
-    }
-    if unit.pointwise.is_some() != p.is_some() {
-        return Err(shape_error!(
-            "p, the pointwise output, is for the dense unit and needed there"
-        ));
-    }
-    for norm in [&unit.norm1, &unit.norm2].into_iter().flatten() {
-        if norm.stats.is_none() {
-            return Err(shape_error!("backward needs the statistics that forward used"));
-        }
-    }
+    optional_len("p", p, batch.size())?;
+    check_gradients(unit, batch, p, &gradients)?;
+    let XUnitGradients { x: gx, mut pointwise, weight: gweight, bias, norm1, norm2 } = gradients;
     let (taps, k) = (unit.kernel * unit.kernel, unit.kernel);
+    let threads = threads.for_work(batch.size() * (taps + POINTWISE_WORK));
     let u = p.unwrap_or(x);
     let count = (batch.n * batch.plane()) as f64;
 
-    let mut gx = vec![T::ZERO; batch.size()];
-    let mut gp = vec![T::ZERO; if p.is_some() { batch.size() } else { 0 }];
     // Per channel: taps, bias, norm 1 (weight, bias), norm 2 (weight, bias), pointwise bias.
     let width = taps + 6;
     let mut sums = vec![0.0; batch.c * width];
-    let gx_planes = Planes::new(&mut gx, batch);
-    let gp_planes = p.is_some().then(|| Planes::new(&mut gp, batch));
+    let gx_planes = Planes::new(&mut *gx, batch);
+    let gp_planes = pointwise.as_mut().map(|pointwise| Planes::new(&mut *pointwise.p, batch));
     let sum_planes = Planes::new(&mut sums, Batch { n: 1, c: batch.c, h: 1, w: width });
-    let means = |norm: &Option<Norm<'_, T>>, first: f64, second: f64| {
-        norm.filter(|norm| norm.training).map(|_| (first / count, second / count))
-    };
+    let (waits1, waits2) = (is_training(&unit.norm1), is_training(&unit.norm2));
 
     parallel::for_each(threads, batch.c, |c| {
         // SAFETY: this task alone names channel c.
@@ -313,108 +389,209 @@ pub fn xunit_backward<T: Scalar>(
         let first = Channel::given(unit.norm1.as_ref(), c);
         let second = Channel::given(unit.norm2.as_ref(), c);
         let weight = turned(&unit.weight[c * taps..][..taps]);
-        let gate = unit.gate;
-        // The gradient on its way back to u waits in gp (dense) or gx.
-        let target = gp_planes.as_ref().unwrap_or(&gx_planes);
-        for n in 0..batch.n {
-            let (grad, x) = (plane(grad, batch, n, c), plane(x, batch, n, c));
-            let (d, affine, moments) = (plane(d, batch, n, c), second.affine, second.moments);
-            // SAFETY: this task alone names channel c.
-            let out = unsafe { target.plane(n, c) };
-            let job = GateGradient { gate, grad, x, d, affine, moments, out };
-            let (bias, scale) = simd::dispatch(job);
-            sum[4] += bias;
-            sum[3] += scale;
-        }
-        let norm2 = means(&unit.norm2, sum[4], sum[3]);
-        let norm2 = NormGradient::new(second.affine, second.moments, norm2);
-        let ld = conv::row_stride(batch.w, k);
-        let mut input = Padded::new(geometry.ph, ld, k / 2, k / 2);
-        let mut output = Padded::new(geometry.ph, ld, k / 2, k / 2);
-        let relu_of = (unit.variant != Variant::Slim).then_some(first.affine);
-        for n in 0..batch.n {
-            // SAFETY: this task alone names channel c.
-            let gu = unsafe { target.plane(n, c) };
-            sum[0] += simd::dispatch(FillGradient {
-                norm: norm2,
-                grad: gu,
-                d: plane(d, batch, n, c),
-                width: batch.w,
-                padded: &mut output.data,
-                ld,
-                origin: output.origin,
-            });
-            input.fill(plane(u, batch, n, c), batch.w, relu_of);
-            simd::dispatch(conv::WeightGradient {
-                grad: &output.data[output.origin..],
-                grad_ld: ld,
-                input: &input.data,
-                sum: sum_weight,
-                kernel: (k, k),
-                out: (batch.h, batch.w),
-            });
-            simd::dispatch(conv::Forward {
-                input: &output.data,
-                weight: &weight,
-                bias: T::ZERO,
-                out: gu,
-                kernel: (k, k),
-                ow: batch.w,
-            });
-            if relu_of.is_some() {
-                let x = plane(u, batch, n, c);
-                let (affine, moments) = (first.affine, first.moments);
-                let (bias, scale) = simd::dispatch(ReluGradient { x, affine, moments, grad: gu });
-                sum[2] += bias;
-                sum[1] += scale;
+        // The gradient on its way back to u: in gp (dense), else here, of one image or of all.
+        let images = match (&gp_planes, waits1 || waits2) {
+            (Some(_), _) => 0,
+            (None, true) => batch.n,
+            (None, false) => 1,
+        };
+        let mut scratch = Scratch::new(images * batch.plane());
+        let e_planes = Planes::new(&mut scratch, Batch { n: images, c: 1, ..batch });
+        // SAFETY: this task alone names channel c, and below no two of these live at a time.
+        let on_its_way = |n: usize| unsafe {
+            match &gp_planes {
+                Some(planes) => planes.plane(n, c),
+                None => e_planes.plane(n.min(images - 1), 0),
             }
-        }
-        let norm1 = means(&unit.norm1, sum[2], sum[1]);
-        let norm1 = NormGradient::new(first.affine, first.moments, norm1);
-        for n in 0..batch.n {
-            // SAFETY: this task alone names channel c.
-            let gu = unsafe { target.plane(n, c) };
-            if unit.norm1.is_some() {
-                simd::dispatch(Finish { norm: norm1, x: plane(u, batch, n, c), grad: gu });
-            }
-            if unit.pointwise.is_some() {
-                sum[5] += simd::dispatch(Sums { plane: gu, origin: T::ZERO }).0;
-            }
-            simd::dispatch(AddGated {
-                gate,
+        };
+        let gate_gradient = |n: usize, sum: &mut [f64]| {
+            let (bias, scale) = simd::dispatch(GateGradient {
+                gate: unit.gate,
                 grad: plane(grad, batch, n, c),
+                x: plane(x, batch, n, c),
                 d: plane(d, batch, n, c),
                 affine: second.affine,
-                // SAFETY: as above; `gu` is not used again.
-                sum: unsafe { gx_planes.plane(n, c) },
+                // SAFETY: this task alone names channel c.
+                direct: unsafe { gx_planes.plane(n, c) },
+                e: on_its_way(n),
             });
+            sum[4] += bias;
+            sum[3] += scale;
+        };
+        if waits2 {
+            (0..batch.n).for_each(|n| gate_gradient(n, sum));
         }
+        let norm2 = second.gradient(waits2.then_some(count), [sum[4], sum[3]]);
+        let norm1 = first.gradient(None, [0.0; 2]);
+        let relu_of = (unit.variant != Variant::Slim).then_some(first.affine);
+        // The gradient at u, finished by norm 1, goes on to x: directly or through the product.
+        let finish = |norm: NormGradient<T>, n: usize, pixels: Range<usize>, gu: &mut [T]| {
+            let u = &plane(u, batch, n, c)[pixels.clone()];
+            if gp_planes.is_none() {
+                // SAFETY: this task alone names channel c.
+                let sum = &mut unsafe { gx_planes.plane(n, c) }[pixels];
+                simd::dispatch(AddFinished { norm, x: u, grad: gu, sum });
+            } else if unit.norm1.is_some() {
+                simd::dispatch(Finish { norm, x: u, grad: gu });
+            }
+        };
+        let mut input = Window::new(&geometry);
+        let mut output = Window::new(&geometry);
+        let (ld, strip) = (input.ld, input.strip(&geometry));
+        for n in 0..batch.n {
+            if !waits2 {
+                gate_gradient(n, sum);
+            }
+            let (u, d, e) = (plane(u, batch, n, c), plane(d, batch, n, c), on_its_way(n));
+            for y in (0..batch.h).step_by(strip) {
+                let end = (y + strip).min(batch.h);
+                let pixels = y * batch.w..end * batch.w;
+                input.slide_over(y..end + k - 1, u, relu_of);
+                output.slide(y..end + k - 1, |rows, padded, origin| {
+                    let pixels = rows.start * batch.w..rows.end * batch.w;
+                    sum[0] += simd::dispatch(FillGradient {
+                        norm: norm2,
+                        grad: &e[pixels.clone()],
+                        d: &d[pixels],
+                        width: batch.w,
+                        padded,
+                        ld,
+                        origin,
+                    });
+                });
+                simd::dispatch(conv::WeightGradient {
+                    grad: output.middle(),
+                    grad_ld: ld,
+                    input: input.input(),
+                    ld,
+                    sum: &mut *sum_weight,
+                    kernel: (k, k),
+                    out: (end - y, batch.w),
+                });
+                // In the place of e, of which the window has taken all that is yet needed.
+                let gu = &mut e[pixels.clone()];
+                simd::dispatch(conv::Forward {
+                    input: output.input(),
+                    ld,
+                    weight: &weight,
+                    bias: T::ZERO,
+                    out: &mut *gu,
+                    kernel: (k, k),
+                    ow: batch.w,
+                    next: &[],
+                });
+                if relu_of.is_some() {
+                    let (x, affine) = (&u[pixels.clone()], first.affine);
+                    let (bias, scale) = simd::dispatch(ReluGradient { x, affine, grad: &mut *gu });
+                    sum[2] += bias;
+                    sum[1] += scale;
+                }
+                if !waits1 {
+                    finish(norm1, n, pixels, gu);
+                }
+            }
+        }
+        let norm1 = first.gradient(waits1.then_some(count), [sum[2], sum[1]]);
+        for n in 0..batch.n {
+            if waits1 {
+                finish(norm1, n, 0..batch.plane(), on_its_way(n));
+            }
+            if gp_planes.is_some() {
+                sum[5] += simd::dispatch(Sums { plane: on_its_way(n), origin: T::ZERO }).0;
+            }
+        }
+        sum[1] = first.normalised([sum[2], sum[1]]);
+        sum[3] = second.normalised([sum[4], sum[3]]);
     });
-    let pointwise_weight = unit
-        .pointwise
-        .map(|pointwise| pointwise_backward(&pointwise, batch, &gp, x, &mut gx, threads));
-    let pick = |i: usize| -> Vec<T> {
-        sums.chunks_exact(width).map(|sum| T::from_f64(sum[taps + i])).collect()
+    let column = |i: usize, factor: f64, to: &mut [T]| {
+        for (to, sum) in to.iter_mut().zip(sums.chunks_exact(width)) {
+            *to = T::from_f64(sum[i] * factor);
+        }
     };
+    for (to, sum) in gweight.chunks_exact_mut(taps).zip(sums.chunks_exact(width)) {
+        to.iter_mut().zip(sum).for_each(|(to, &sum)| *to = T::from_f64(sum));
+    }
+    for (norm, at) in [(norm1, taps + 1), (norm2, taps + 3)] {
+        if let Some((weight, bias)) = norm {
+            column(at, 1.0, weight);
+            column(at + 1, 1.0, bias);
+        }
+    }
     // Batch norm in training subtracts a bias ahead of it again: the exact gradient is zero, where
     // a sum would return its rounding. Times zero, not zero, so that NaN and infinity show.
-    let bias = |i: usize, norm: Option<Norm<'_, T>>| -> Vec<T> {
-        let factor = if norm.is_some_and(|norm| norm.training) { 0.0 } else { 1.0 };
-        sums.chunks_exact(width).map(|sum| T::from_f64(sum[taps + i] * factor)).collect()
+    let factor = |waits: bool| if waits { 0.0 } else { 1.0 };
+    if let Some(bias) = bias {
+        column(taps, factor(waits2), bias);
+    }
+    if let (Some(gradients), Some(pointwise)) = (pointwise, &unit.pointwise) {
+        if let Some(bias) = gradients.bias {
+            column(taps + 5, factor(waits1), bias);
+        }
+        pointwise.backward(batch, gradients.p, x, gx, gradients.weight, threads);
+    }
+    Ok(())
+}
+
+fn is_training<T>(norm: &Option<Norm<'_, T>>) -> bool {
+    norm.as_ref().is_some_and(|norm| norm.training)
+}
+
+/// Checks that statistics are given a place if, and only if, the batch's are made.
+fn check_stats<T>(
+    norm: &Option<Norm<'_, T>>,
+    stats: &Option<BatchStats<'_, T>>,
+    channels: usize,
+) -> Result<(), ShapeError> {
+    let Some(BatchStats { mean, var, running }) = stats else {
+        return Ok(());
     };
-    let weights = sums.chunks_exact(width).flat_map(|sum| &sum[..taps]);
-    Ok(XUnitGradients {
-        pointwise_weight,
-        pointwise_bias: unit
-            .pointwise
-            .and_then(|pointwise| pointwise.bias)
-            .map(|_| bias(5, unit.norm1)),
-        weight: weights.map(|&sum| T::from_f64(sum)).collect(),
-        bias: bias(0, unit.norm2),
-        norm1: unit.norm1.map(|_| (pick(1), pick(2))),
-        norm2: unit.norm2.map(|_| (pick(3), pick(4))),
-        x: gx,
-    })
+    if norm.as_ref().is_none_or(|norm| norm.stats.is_some()) {
+        return Err(shape_error!("batch statistics are made where batch norm is given none"));
+    }
+    expect_len("batch mean", mean, channels)?;
+    expect_len("batch variance", var, channels)?;
+    if let Some(Running { mean, var, .. }) = running {
+        expect_len("running mean", mean, channels)?;
+        expect_len("running variance", var, channels)?;
+    }
+    Ok(())
+}
+
+/// Checks that every gradient that backward makes has a place of its length.
+fn check_gradients<T>(
+    unit: &XUnit<'_, T>,
+    batch: Batch,
+    p: Option<&[T]>,
+    gradients: &XUnitGradients<'_, T>,
+) -> Result<(), ShapeError> {
+    let c = batch.c;
+    let XUnitGradients { x, pointwise, weight, bias, norm1, norm2 } = gradients;
+    if [p.is_some(), pointwise.is_some()] != [unit.pointwise.is_some(); 2] {
+        return Err(shape_error!(
+            "p, the pointwise output, and its gradients are for the dense unit and needed there"
+        ));
+    }
+    expect_len("x's gradient", x, batch.size())?;
+    if let Some(PointwiseGradients { p, weight, bias }) = pointwise {
+        expect_len("p's gradient", p, batch.size())?;
+        expect_len("pointwise weight's gradient", weight, c * c)?;
+        optional_len("pointwise bias's gradient", bias.as_deref(), c)?;
+    }
+    expect_len("weight's gradient", weight, c * unit.kernel * unit.kernel)?;
+    optional_len("bias's gradient", bias.as_deref(), c)?;
+    for (norm, gradient) in [(&unit.norm1, norm1), (&unit.norm2, norm2)] {
+        if norm.as_ref().is_some_and(|norm| norm.stats.is_none()) {
+            return Err(shape_error!("backward needs the statistics that forward used"));
+        }
+        if norm.is_some() != gradient.is_some() {
+            return Err(shape_error!("a batch norm has gradients, and needs a place for them"));
+        }
+        if let Some((weight, bias)) = gradient {
+            expect_len("batch norm weight's gradient", weight, c)?;
+            expect_len("batch norm bias's gradient", bias, c)?;
+        }
+    }
+    Ok(())
 }
 
 /// Checks what belongs to the variant and every length.
@@ -454,84 +631,4 @@ fn check<T: Scalar>(unit: &XUnit<'_, T>, batch: Batch, x: &[T]) -> Result<Geomet
         }
     }
     Ok(geometry)
-}
-
-/// p\[n\] = weight · x\[n\] + bias; one task an image.
-fn pointwise_forward<T: Scalar>(
-    pointwise: &Pointwise<'_, T>,
-    batch: Batch,
-    x: &[T],
-    threads: usize,
-) -> Vec<T> {
-    let mut p = vec![T::ZERO; batch.size()];
-    let planes = Planes::new(&mut p, images(batch));
-    let (c, hw) = (batch.c, batch.plane());
-    parallel::for_each(threads, batch.n, |n| {
-        // SAFETY: this task alone names image n.
-        let out = unsafe { planes.plane(n, 0) };
-        for (channel, out) in out.chunks_exact_mut(hw).enumerate() {
-            out.fill(pointwise.bias.map_or(T::ZERO, |bias| bias[channel]));
-        }
-        let (a, b) = (pointwise.weight, plane(x, images(batch), n, 0));
-        // SAFETY: a is C × C by `check`, b and c are C × HW, an image each.
-        unsafe {
-            let (rows, columns) = (c as isize, hw as isize);
-            T::gemm(
-                c,
-                c,
-                hw,
-                (a.as_ptr(), rows, 1),
-                (b.as_ptr(), columns, 1),
-                T::ONE,
-                (out.as_mut_ptr(), columns, 1),
-            );
-        }
-    });
-    p
-}
-
-/// Adds weightᵀ · gp to gx and returns the weight's gradient Σₙ gp\[n\] · x\[n\]ᵀ.
-fn pointwise_backward<T: Scalar>(
-    pointwise: &Pointwise<'_, T>,
-    batch: Batch,
-    gp: &[T],
-    x: &[T],
-    gx: &mut [T],
-    threads: usize,
-) -> Vec<T> {
-    let (c, hw) = (batch.c, batch.plane());
-    // A few partial sums whatever the batch: their number fixes the order of the additions.
-    let parts = batch.n.min(8);
-    let mut sums = vec![T::ZERO; parts * c * c];
-    let gx_planes = Planes::new(gx, images(batch));
-    let sum_planes = Planes::new(&mut sums, Batch { n: parts, c: 1, h: c, w: c });
-    parallel::for_each(threads, parts, |part| {
-        // SAFETY: this task alone names its part and the images n ≡ part.
-        let sum = unsafe { sum_planes.plane(part, 0) };
-        for n in (part..batch.n).step_by(parts) {
-            // SAFETY: as above.
-            let out = unsafe { gx_planes.plane(n, 0) };
-            let (gp, x) = (plane(gp, images(batch), n, 0), plane(x, images(batch), n, 0));
-            let (rows, columns) = (c as isize, hw as isize);
-            // SAFETY: the weight and its gradient are C × C, the others C × HW, an image each.
-            unsafe {
-                let gp = (gp.as_ptr(), columns, 1);
-                let weight = (pointwise.weight.as_ptr(), 1, rows);
-                T::gemm(c, c, hw, weight, gp, T::ONE, (out.as_mut_ptr(), columns, 1));
-                let turned = (x.as_ptr(), 1, columns);
-                T::gemm(c, hw, c, gp, turned, T::ONE, (sum.as_mut_ptr(), rows, 1));
-            }
-        }
-    });
-    let mut parts = sums.chunks_exact(c * c).map(<[T]>::to_vec);
-    let mut total = parts.next().unwrap_or_default();
-    for part in parts {
-        total.iter_mut().zip(part).for_each(|(total, part)| *total = part.fma(T::ONE, *total));
-    }
-    total
-}
-
-/// The batch with an image, not a channel, as its plane.
-fn images(batch: Batch) -> Batch {
-    Batch { n: batch.n, c: 1, h: batch.c, w: batch.plane() }
 }

@@ -3,102 +3,120 @@
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use super::{Input, Number, array, batch_of, by_dtype, slice_of};
-use crate::ops;
-use crate::shape::{Conv, Geometry};
+use super::{Number, View, by_dtype, disjoint};
+use crate::ops::{self, DepthwiseGradients};
+use crate::parallel::Threads;
+use crate::shape::{Batch, Conv, Geometry};
 
 type Pair = [usize; 2];
+type Array<'a, 'py> = &'a Bound<'py, PyAny>;
+/// stride (sh, sw), padding (top, bottom, left, right), dilation (dh, dw)
+type Placement = (Pair, [usize; 4], Pair);
 
-/// Depthwise convolution of x (N, C, H, W) with weight (C, 1, kh, kw) and bias (C,) or None.
+/// Depthwise convolution of x (N, C, H, W) with weight (C, 1, kh, kw) and bias (C) or None.
 ///
 /// stride (sh, sw), padding (top, bottom, left, right), dilation (dh, dw); threads 0 is the
-/// default. Returns (N, C, OH, OW).
+/// default. Writes out (N, C, OH, OW).
 #[pyfunction]
-#[pyo3(signature = (x, weight, bias, stride, padding, dilation, threads))]
-pub fn depthwise_conv2d<'py>(
-    x: &Bound<'py, PyAny>,
-    weight: &Bound<'py, PyAny>,
-    bias: Option<&Bound<'py, PyAny>>,
+#[pyo3(signature = (x, weight, bias, stride, padding, dilation, out, threads))]
+#[allow(clippy::too_many_arguments)]
+pub fn depthwise_conv2d(
+    x: Array<'_, '_>,
+    weight: Array<'_, '_>,
+    bias: Option<Array<'_, '_>>,
     stride: Pair,
     padding: [usize; 4],
     dilation: Pair,
+    out: Array<'_, '_>,
     threads: usize,
-) -> PyResult<Bound<'py, PyAny>> {
-    by_dtype!(x, forward(x, weight, bias, stride, padding, dilation, threads))
+) -> PyResult<()> {
+    by_dtype!(x, forward(x, weight, bias, (stride, padding, dilation), out, threads))
 }
 
-fn forward<'py, T: Number>(
-    x: &Bound<'py, PyAny>,
-    weight: &Bound<'py, PyAny>,
-    bias: Option<&Bound<'py, PyAny>>,
-    stride: Pair,
-    padding: [usize; 4],
-    dilation: Pair,
+fn forward<T: Number>(
+    x: Array<'_, '_>,
+    weight: Array<'_, '_>,
+    bias: Option<Array<'_, '_>>,
+    placement: Placement,
+    out: Array<'_, '_>,
     threads: usize,
-) -> PyResult<Bound<'py, PyAny>> {
+) -> PyResult<()> {
     let py = x.py();
-    let (x, weight) = (Input::<T>::new("x", x)?, Input::<T>::new("weight", weight)?);
-    let bias = Input::<T>::optional("bias", bias)?;
-    let geometry = geometry(&x, &weight, stride, padding, dilation)?;
-    let (x, weight, bias) = (x.slice()?, weight.slice()?, slice_of(bias.as_ref())?);
-    let y = py.detach(|| ops::depthwise_forward(&geometry, x, weight, bias, threads))?;
-    array(py, y, &geometry.output().dims())
+    let (x, weight) = (View::<T>::input("x", x)?, View::<T>::input("weight", weight)?);
+    let bias = View::<T>::read("bias", bias)?;
+    let geometry = geometry(&x, &weight, placement)?;
+    let out = View::<T>::written("out", Some(out), &geometry.output().dims())?;
+    let inputs = [Some(&x), Some(&weight), bias.as_ref()];
+    disjoint(inputs.into_iter().flatten().map(View::range), out.iter().map(View::range))?;
+    let (x, weight, bias) = (x.slice(), weight.slice(), bias.as_ref().map(View::slice));
+    // SAFETY: checked to be disjoint, and taken once.
+    let out = out.map_or(&mut [][..], |out| unsafe { out.slice_mut() });
+    py.detach(|| ops::depthwise_forward(&geometry, x, weight, bias, out, Threads::Host(threads)))?;
+    Ok(())
 }
 
-/// Gradients of depthwise_conv2d to x, weight and bias, each None unless `needs` asks for it.
+/// Writes the gradients of depthwise_conv2d to those of gx, gweight and gbias that are not None.
 #[pyfunction]
-#[pyo3(signature = (grad, x, weight, stride, padding, dilation, needs, threads))]
+#[pyo3(signature = (grad, x, weight, stride, padding, dilation, gx, gweight, gbias, threads))]
 #[allow(clippy::too_many_arguments)]
-pub fn depthwise_conv2d_backward<'py>(
-    grad: &Bound<'py, PyAny>,
-    x: &Bound<'py, PyAny>,
-    weight: &Bound<'py, PyAny>,
+pub fn depthwise_conv2d_backward(
+    grad: Array<'_, '_>,
+    x: Array<'_, '_>,
+    weight: Array<'_, '_>,
     stride: Pair,
     padding: [usize; 4],
     dilation: Pair,
-    needs: [bool; 3],
+    gx: Option<Array<'_, '_>>,
+    gweight: Option<Array<'_, '_>>,
+    gbias: Option<Array<'_, '_>>,
     threads: usize,
-) -> PyResult<Gradients<'py>> {
-    by_dtype!(x, backward(grad, x, weight, stride, padding, dilation, needs, threads))
+) -> PyResult<()> {
+    let placement = (stride, padding, dilation);
+    by_dtype!(x, backward(grad, x, weight, placement, [gx, gweight, gbias], threads))
 }
 
-/// Gradients to x, weight and bias.
-type Gradients<'py> =
-    (Option<Bound<'py, PyAny>>, Option<Bound<'py, PyAny>>, Option<Bound<'py, PyAny>>);
-
-#[allow(clippy::too_many_arguments)]
-fn backward<'py, T: Number>(
-    grad: &Bound<'py, PyAny>,
-    x: &Bound<'py, PyAny>,
-    weight: &Bound<'py, PyAny>,
-    stride: Pair,
-    padding: [usize; 4],
-    dilation: Pair,
-    needs: [bool; 3],
+fn backward<T: Number>(
+    grad: Array<'_, '_>,
+    x: Array<'_, '_>,
+    weight: Array<'_, '_>,
+    placement: Placement,
+    gradients: [Option<Array<'_, '_>>; 3],
     threads: usize,
-) -> PyResult<Gradients<'py>> {
+) -> PyResult<()> {
     let py = x.py();
-    let (x, weight) = (Input::<T>::new("x", x)?, Input::<T>::new("weight", weight)?);
-    let grad = Input::<T>::new("grad", grad)?;
-    let geometry = geometry(&x, &weight, stride, padding, dilation)?;
+    let (x, weight) = (View::<T>::input("x", x)?, View::<T>::input("weight", weight)?);
+    let grad = View::<T>::input("grad", grad)?;
+    let geometry = geometry(&x, &weight, placement)?;
     grad.expect_shape("grad", &geometry.output().dims())?;
-    let (grad, x_data, weight_data) = (grad.slice()?, x.slice()?, weight.slice()?);
-    let g = py
-        .detach(|| ops::depthwise_backward(&geometry, grad, x_data, weight_data, needs, threads))?;
-    let give =
-        |data: Option<Vec<T>>, shape: &[usize]| data.map(|data| array(py, data, shape)).transpose();
-    Ok((give(g.x, x.shape())?, give(g.weight, weight.shape())?, give(g.bias, &[geometry.input.c])?))
+    let [gx, gweight, gbias] = gradients;
+    let gx = View::written("gx", gx, x.shape())?;
+    let gweight = View::written("gweight", gweight, weight.shape())?;
+    let gbias = View::written("gbias", gbias, &[geometry.input.c])?;
+    disjoint(
+        [&grad, &x, &weight].map(View::range),
+        [&gx, &gweight, &gbias].into_iter().flatten().map(View::range),
+    )?;
+    let (grad, x, weight) = (grad.slice(), x.slice(), weight.slice());
+    // SAFETY: checked to be disjoint, and each taken once.
+    let gradients = unsafe {
+        DepthwiseGradients {
+            x: gx.as_ref().map(|view| view.slice_mut()),
+            weight: gweight.as_ref().map(|view| view.slice_mut()),
+            bias: gbias.as_ref().map(|view| view.slice_mut()),
+        }
+    };
+    let threads = Threads::Host(threads);
+    py.detach(|| ops::depthwise_backward(&geometry, grad, x, weight, gradients, threads))?;
+    Ok(())
 }
 
 /// Checks weight's shape against x and resolves the geometry.
 fn geometry<T: Number>(
-    x: &Input<'_, T>,
-    weight: &Input<'_, T>,
-    stride: Pair,
-    padding: [usize; 4],
-    dilation: Pair,
+    x: &View<'_, T>,
+    weight: &View<'_, T>,
+    (stride, padding, dilation): Placement,
 ) -> PyResult<Geometry> {
-    let batch = batch_of(x)?;
+    let batch = Batch::new(x.shape())?;
     let &[_, 1, kh, kw] = weight.shape() else {
         return Err(PyValueError::new_err(format!(
             "weight must have shape (C, 1, kh, kw), got {:?}",

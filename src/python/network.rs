@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 
-use super::{Input, array};
+use super::{View, array};
 use crate::net;
+use crate::parallel::Threads;
 
 /// A denoising network in evaluation mode, without torch.
 #[pyclass(frozen, module = "xunit_rs._core")]
@@ -66,14 +67,14 @@ impl Network {
         threads: usize,
     ) -> PyResult<Bound<'py, PyAny>> {
         let py = image.py();
-        let image = Input::<f32>::new("image", image)?;
+        let image = View::<f32>::input("image", image)?;
         let &[c, h, w] = image.shape() else {
             return Err(PyValueError::new_err(format!(
                 "image must have shape (C, H, W), got {:?}",
                 image.shape()
             )));
         };
-        let data = image.slice()?;
+        let (data, threads) = (image.slice(), Threads::Own(threads));
         let clean =
             py.detach(|| self.network.denoise(data, c, h, w, tile, threads)).map_err(error)?;
         array(py, clean, image.shape())

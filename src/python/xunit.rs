@@ -1,19 +1,44 @@
 //! The three xUnits.
 
+use std::ops::Range;
+
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use super::{Input, Number, array, batch_of, by_dtype, slice_of};
+use super::{Number, View, by_dtype, disjoint};
 use crate::kernels::activation::Gate;
-use crate::ops::{self, Norm, Pointwise, Variant, XUnit};
+use crate::ops::{
+    self, BatchStats, Norm, Pointwise, PointwiseGradients, Running, Variant, XUnit, XUnitGradients,
+    XUnitOutput, XUnitSaved,
+};
+use crate::parallel::Threads;
+use crate::shape::Batch;
 
 type Array<'py> = Bound<'py, PyAny>;
-/// (weight, bias, mean or None, var or None, eps)
-type ForwardNorm<'py> = (Array<'py>, Array<'py>, Option<Array<'py>>, Option<Array<'py>>, f64);
-/// (weight, bias, mean, var, eps, training)
-type BackwardNorm<'py> = (Array<'py>, Array<'py>, Array<'py>, Array<'py>, f64, bool);
-/// (mean, biased var)
-type Stats<'py> = Option<(Array<'py>, Array<'py>)>;
+/// (weight or None, bias or None, mean, var, eps, batch, running): `batch` says whether the batch's
+/// statistics are used and left in mean and var, float64, else those there are used; running is None
+/// or (mean, var, momentum), which follow the batch.
+type ForwardNorm<'py> = (
+    Option<Array<'py>>,
+    Option<Array<'py>>,
+    Array<'py>,
+    Array<'py>,
+    f64,
+    bool,
+    Option<(Array<'py>, Array<'py>, f64)>,
+);
+/// (weight or None, bias or None, mean, var, eps, batch, gradient of weight, gradient of bias): mean
+/// and var are float64.
+type BackwardNorm<'py> = (
+    Option<Array<'py>>,
+    Option<Array<'py>>,
+    Array<'py>,
+    Array<'py>,
+    f64,
+    bool,
+    Array<'py>,
+    Array<'py>,
+);
 
 fn variant_of(name: &str) -> PyResult<Variant> {
     match name {
@@ -36,76 +61,137 @@ fn gate_of(name: &str) -> PyResult<Gate> {
     }
 }
 
-/// A batch norm's arrays.
-struct NormInput<'py, T: Number> {
-    weight: Input<'py, T>,
-    bias: Input<'py, T>,
-    stats: Option<(Input<'py, T>, Input<'py, T>)>,
+type Io<'py, T> = Option<View<'py, T>>;
+
+fn ranges<'a, T: Number>(views: &'a [Io<'_, T>]) -> impl Iterator<Item = Range<usize>> + 'a {
+    views.iter().flatten().map(View::range)
+}
+
+/// A batch norm's parameters: ones and zeros where there are none.
+struct NormInput<'py, T> {
+    weight: Io<'py, T>,
+    bias: Io<'py, T>,
+    plain: [Vec<T>; 2],
+    /// To use, but for a forward pass that uses the batch's.
+    given: Option<[Vec<f64>; 2]>,
     eps: f64,
+    /// Whether a backward pass takes them for the batch's.
     training: bool,
+    /// Where forward leaves the batch's statistics.
+    found: Option<[View<'py, f64>; 2]>,
+    running: Option<([View<'py, T>; 2], f64)>,
+    /// Of weight and bias, in backward.
+    gradients: Option<[View<'py, T>; 2]>,
 }
 
 impl<'py, T: Number> NormInput<'py, T> {
-    fn forward(name: &str, norm: Option<ForwardNorm<'py>>) -> PyResult<Option<Self>> {
-        let Some((weight, bias, mean, var, eps)) = norm else {
-            return Ok(None);
-        };
-        let stats = match (mean, var) {
-            (Some(mean), Some(var)) => Some((mean, var)),
-            (None, None) => None,
-            _ => {
-                return Err(PyValueError::new_err(format!(
-                    "{name} must have both mean and var or neither"
-                )));
-            }
-        };
-        Self::new(name, &weight, &bias, stats, eps, false).map(Some)
-    }
-
-    fn backward(name: &str, norm: Option<BackwardNorm<'py>>) -> PyResult<Option<Self>> {
-        let Some((weight, bias, mean, var, eps, training)) = norm else {
-            return Ok(None);
-        };
-        Self::new(name, &weight, &bias, Some((mean, var)), eps, training).map(Some)
-    }
-
     fn new(
-        name: &str,
-        weight: &Array<'py>,
-        bias: &Array<'py>,
-        stats: Option<(Array<'py>, Array<'py>)>,
+        weight: Option<&Array<'py>>,
+        bias: Option<&Array<'py>>,
         eps: f64,
-        training: bool,
+        channels: usize,
     ) -> PyResult<Self> {
-        let input = |part: &str, array: &Array<'py>| Input::new(&format!("{name} {part}"), array);
         Ok(Self {
-            weight: input("weight", weight)?,
-            bias: input("bias", bias)?,
-            stats: match stats {
-                Some((mean, var)) => Some((input("mean", &mean)?, input("var", &var)?)),
-                None => None,
-            },
+            weight: View::read("batch norm weight", weight)?,
+            bias: View::read("batch norm bias", bias)?,
+            plain: [vec![T::ONE; channels], vec![T::ZERO; channels]],
+            given: None,
             eps,
-            training,
+            training: false,
+            found: None,
+            running: None,
+            gradients: None,
         })
     }
 
-    fn borrow(&self) -> PyResult<Norm<'_, T>> {
-        Ok(Norm {
-            weight: self.weight.slice()?,
-            bias: self.bias.slice()?,
-            stats: match &self.stats {
-                Some((mean, var)) => Some((mean.slice()?, var.slice()?)),
-                None => None,
-            },
+    fn forward(norm: Option<ForwardNorm<'py>>, channels: usize) -> PyResult<Option<Self>> {
+        let Some((weight, bias, mean, var, eps, batch, running)) = norm else {
+            return Ok(None);
+        };
+        let mut this = Self::new(weight.as_ref(), bias.as_ref(), eps, channels)?;
+        if batch {
+            this.found = Some([View::output("mean", &mean)?, View::output("var", &var)?]);
+        } else {
+            let read = |name: &str, array: &Array<'py>| -> PyResult<_> {
+                let view = View::<T>::input(name, array)?;
+                Ok(view.slice().iter().map(|x| x.to_f64()).collect())
+            };
+            this.given = Some([read("mean", &mean)?, read("var", &var)?]);
+        }
+        if let Some((mean, var, momentum)) = running {
+            let views = [View::output("running mean", &mean)?, View::output("running var", &var)?];
+            this.running = Some((views, momentum));
+        }
+        Ok(Some(this))
+    }
+
+    fn backward(norm: Option<BackwardNorm<'py>>, channels: usize) -> PyResult<Option<Self>> {
+        let Some((weight, bias, mean, var, eps, batch, gweight, gbias)) = norm else {
+            return Ok(None);
+        };
+        let mut this = Self::new(weight.as_ref(), bias.as_ref(), eps, channels)?;
+        let read = |name: &str, array: &Array<'py>| -> PyResult<_> {
+            Ok(View::<f64>::input(name, array)?.slice().to_vec())
+        };
+        this.given = Some([read("mean", &mean)?, read("var", &var)?]);
+        this.training = batch;
+        this.gradients = Some([View::output("gweight", &gweight)?, View::output("gbias", &gbias)?]);
+        Ok(Some(this))
+    }
+
+    fn norm(&self) -> Norm<'_, T> {
+        let [ones, zeros] = &self.plain;
+        Norm {
+            weight: self.weight.as_ref().map_or(ones, View::slice),
+            bias: self.bias.as_ref().map_or(zeros, View::slice),
+            stats: self.given.as_ref().map(|[mean, var]| (&mean[..], &var[..])),
             eps: self.eps,
             training: self.training,
-        })
+        }
+    }
+
+    fn inputs(&self) -> impl Iterator<Item = Range<usize>> {
+        [&self.weight, &self.bias].into_iter().flatten().map(View::range)
+    }
+
+    fn outputs(&self) -> impl Iterator<Item = Range<usize>> {
+        let running = self.running.as_ref().map(|(views, _)| views);
+        let found = self.found.iter().flatten().map(View::range);
+        let others = [running, self.gradients.as_ref()].into_iter().flatten().flatten();
+        found.chain(others.map(View::range))
+    }
+
+    /// Where forward leaves the batch's statistics.
+    ///
+    /// # Safety
+    /// Once, of views that are disjoint.
+    unsafe fn batch_stats(&self) -> Option<BatchStats<'py, T>> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.found.as_ref().map(|[mean, var]| BatchStats {
+                mean: mean.slice_mut(),
+                var: var.slice_mut(),
+                running: self.running.as_ref().map(|([mean, var], momentum)| Running {
+                    mean: mean.slice_mut(),
+                    var: var.slice_mut(),
+                    momentum: *momentum,
+                }),
+            })
+        }
+    }
+
+    /// Where backward leaves the gradients of weight and bias.
+    ///
+    /// # Safety
+    /// Once, of views that are disjoint.
+    unsafe fn gradients(&self) -> Option<(&'py mut [T], &'py mut [T])> {
+        // SAFETY: the caller's promise.
+        self.gradients.as_ref().map(|[w, b]| unsafe { (w.slice_mut(), b.slice_mut()) })
     }
 }
 
 /// The kernel extent of a weight (C, 1, k, k).
-fn kernel_of<T: Number>(weight: &Input<'_, T>, channels: usize) -> PyResult<usize> {
+fn kernel_of<T: Number>(weight: &View<'_, T>, channels: usize) -> PyResult<usize> {
     let shape = weight.shape();
     let k = shape.last().copied().unwrap_or(0);
     weight.expect_shape("weight", &[channels, 1, k, k])?;
@@ -115,10 +201,11 @@ fn kernel_of<T: Number>(weight: &Input<'_, T>, channels: usize) -> PyResult<usiz
 /// out = x · g(\[BN\] DW(relu(\[BN\] x))) for "xunit", without relu and inner BN for "slim", with a
 /// 1×1 convolution before them for "dense".
 ///
-/// Returns (out, d, p, stats1, stats2): d the depthwise and p the pointwise output if `save`,
-/// stats the (mean, biased var) of each batch norm that used the batch's.
+/// Writes out; d the depthwise and p the pointwise output, where they are not None; the statistics
+/// of each batch norm that uses the batch's. bn1, bn2: None or (weight or None, bias or None, mean,
+/// var, eps, batch, None or (running mean, running var, momentum)).
 #[pyfunction]
-#[pyo3(signature = (variant, gate, x, pw_weight, pw_bias, weight, bias, bn1, bn2, save, threads))]
+#[pyo3(signature = (variant, gate, x, pw_weight, pw_bias, weight, bias, bn1, bn2, out, d, p, threads))]
 #[allow(clippy::too_many_arguments)]
 pub fn xunit_forward<'py>(
     variant: &str,
@@ -130,74 +217,101 @@ pub fn xunit_forward<'py>(
     bias: Option<&Array<'py>>,
     bn1: Option<ForwardNorm<'py>>,
     bn2: Option<ForwardNorm<'py>>,
-    save: bool,
+    out: &Array<'py>,
+    d: Option<&Array<'py>>,
+    p: Option<&Array<'py>>,
     threads: usize,
-) -> PyResult<Forward<'py>> {
+) -> PyResult<()> {
     let kind = (variant_of(variant)?, gate_of(gate)?);
-    let pointwise = (pw_weight, pw_bias);
-    by_dtype!(x, forward(kind, x, pointwise, weight, bias, bn1, bn2, save, threads))
+    let parameters = [pw_weight, pw_bias, Some(weight), bias];
+    by_dtype!(x, forward(kind, x, parameters, [bn1, bn2], [Some(out), d, p], threads))
 }
 
-/// out, d, p, stats1, stats2
-type Forward<'py> = (Array<'py>, Option<Array<'py>>, Option<Array<'py>>, Stats<'py>, Stats<'py>);
-
-#[allow(clippy::too_many_arguments)]
 fn forward<'py, T: Number>(
     (variant, gate): (Variant, Gate),
     x: &Array<'py>,
-    pointwise: (Option<&Array<'py>>, Option<&Array<'py>>),
-    weight: &Array<'py>,
-    bias: Option<&Array<'py>>,
-    bn1: Option<ForwardNorm<'py>>,
-    bn2: Option<ForwardNorm<'py>>,
-    save: bool,
+    [pw_weight, pw_bias, weight, bias]: [Option<&Array<'py>>; 4],
+    [bn1, bn2]: [Option<ForwardNorm<'py>>; 2],
+    [out, d, p]: [Option<&Array<'py>>; 3],
     threads: usize,
-) -> PyResult<Forward<'py>> {
+) -> PyResult<()> {
     let py = x.py();
-    let (x, weight) = (Input::<T>::new("x", x)?, Input::<T>::new("weight", weight)?);
-    let bias = Input::<T>::optional("bias", bias)?;
-    let pw_weight = Input::<T>::optional("pw_weight", pointwise.0)?;
-    let pw_bias = Input::<T>::optional("pw_bias", pointwise.1)?;
-    let (norm1, norm2) = (NormInput::forward("bn1", bn1)?, NormInput::forward("bn2", bn2)?);
-    let batch = batch_of(&x)?;
-    let unit = XUnit {
+    let x = View::<T>::input("x", x)?;
+    let batch = Batch::new(x.shape())?;
+    let (pw_weight, pw_bias) =
+        (View::read("pw_weight", pw_weight)?, View::read("pw_bias", pw_bias)?);
+    let (weight, bias) = (View::read("weight", weight)?, View::read("bias", bias)?);
+    let norms = [NormInput::<T>::forward(bn1, batch.c)?, NormInput::forward(bn2, batch.c)?];
+    let outputs = [
+        View::written("out", out, x.shape())?,
+        View::written("d", d, x.shape())?,
+        View::written("p", p, x.shape())?,
+    ];
+    let norms_of = || norms.iter().flatten();
+    disjoint(
+        [Some(&x), pw_weight.as_ref(), pw_bias.as_ref(), weight.as_ref(), bias.as_ref()]
+            .into_iter()
+            .flatten()
+            .map(View::range)
+            .chain(norms_of().flat_map(NormInput::inputs)),
+        ranges(&outputs).chain(norms_of().flat_map(NormInput::outputs)),
+    )?;
+    let unit = unit((variant, gate), batch, [&pw_weight, &pw_bias, &weight, &bias], &norms)?;
+    let x = x.slice();
+    let [norm1, norm2] = &norms;
+    // SAFETY: checked to be disjoint, and each taken once.
+    let output = unsafe {
+        let [out, d, p] = outputs.each_ref().map(|view| view.as_ref().map(|view| view.slice_mut()));
+        XUnitOutput {
+            out: out.unwrap_or_default(),
+            d,
+            p,
+            stats1: norm1.as_ref().and_then(|norm| norm.batch_stats()),
+            stats2: norm2.as_ref().and_then(|norm| norm.batch_stats()),
+        }
+    };
+    py.detach(|| ops::xunit_forward(&unit, batch, x, output, Threads::Host(threads)))?;
+    Ok(())
+}
+
+fn unit<'a, T: Number>(
+    (variant, gate): (Variant, Gate),
+    batch: Batch,
+    [pw_weight, pw_bias, weight, bias]: [&'a Io<'_, T>; 4],
+    [norm1, norm2]: &'a [Option<NormInput<'_, T>>; 2],
+) -> PyResult<XUnit<'a, T>> {
+    let Some(weight) = weight else {
+        return Err(PyValueError::new_err("there is no weight"));
+    };
+    Ok(XUnit {
         variant,
         gate,
-        kernel: kernel_of(&weight, batch.c)?,
-        pointwise: match &pw_weight {
+        kernel: kernel_of(weight, batch.c)?,
+        pointwise: match pw_weight {
             Some(weight) => {
                 weight.expect_shape("pw_weight", &[batch.c, batch.c, 1, 1])?;
-                Some(Pointwise { weight: weight.slice()?, bias: slice_of(pw_bias.as_ref())? })
+                let bias = pw_bias.as_ref().map(View::slice);
+                Some(Pointwise { weight: weight.slice(), bias })
             }
             None => None,
         },
-        weight: weight.slice()?,
-        bias: slice_of(bias.as_ref())?,
-        norm1: norm1.as_ref().map(NormInput::borrow).transpose()?,
-        norm2: norm2.as_ref().map(NormInput::borrow).transpose()?,
-    };
-    let x = x.slice()?;
-    let result = py.detach(|| ops::xunit_forward(&unit, batch, x, save, threads))?;
-    let tensor = |data: Vec<T>| array(py, data, &batch.dims());
-    let stats = |stats: Option<(Vec<T>, Vec<T>)>| -> PyResult<Stats<'py>> {
-        let Some((mean, var)) = stats else {
-            return Ok(None);
-        };
-        Ok(Some((array(py, mean, &[batch.c])?, array(py, var, &[batch.c])?)))
-    };
-    Ok((
-        tensor(result.out)?,
-        result.d.map(tensor).transpose()?,
-        result.p.map(tensor).transpose()?,
-        stats(result.stats1)?,
-        stats(result.stats2)?,
-    ))
+        weight: weight.slice(),
+        bias: bias.as_ref().map(View::slice),
+        norm1: norm1.as_ref().map(|norm| norm.norm()),
+        norm2: norm2.as_ref().map(|norm| norm.norm()),
+    })
 }
 
-/// Gradients of xunit_forward: x, pw_weight, pw_bias, weight, bias, and each batch norm's weight
-/// and bias, None where there is none. The norms carry the statistics that forward used.
+/// Writes the gradients of xunit_forward at x, weight and, where they are not None, bias, pw_weight
+/// and pw_bias, and those of the batch norms.
+///
+/// bn1, bn2: None or (weight or None, bias or None, mean, var, eps, batch, gradient of weight, of
+/// bias), with the statistics that forward used. gp: for the gradient at p on its way, "dense" only.
 #[pyfunction]
-#[pyo3(signature = (variant, gate, grad, x, d, p, pw_weight, weight, bn1, bn2, threads))]
+#[pyo3(signature = (
+    variant, gate, grad, x, d, p, pw_weight, weight, bn1, bn2, gx, gp, gpw_weight, gpw_bias, gweight,
+    gbias, threads
+))]
 #[allow(clippy::too_many_arguments)]
 pub fn xunit_backward<'py>(
     variant: &str,
@@ -210,88 +324,84 @@ pub fn xunit_backward<'py>(
     weight: &Array<'py>,
     bn1: Option<BackwardNorm<'py>>,
     bn2: Option<BackwardNorm<'py>>,
+    gx: &Array<'py>,
+    gp: Option<&Array<'py>>,
+    gpw_weight: Option<&Array<'py>>,
+    gpw_bias: Option<&Array<'py>>,
+    gweight: &Array<'py>,
+    gbias: Option<&Array<'py>>,
     threads: usize,
-) -> PyResult<Backward<'py>> {
+) -> PyResult<()> {
     let kind = (variant_of(variant)?, gate_of(gate)?);
-    by_dtype!(x, backward(kind, grad, x, d, p, pw_weight, weight, bn1, bn2, threads))
+    let saved = [Some(grad), Some(d), p];
+    let gradients = [Some(gx), gp, gpw_weight, gpw_bias, Some(gweight), gbias];
+    by_dtype!(
+        x,
+        backward(kind, x, saved, [pw_weight, Some(weight)], [bn1, bn2], gradients, threads)
+    )
 }
 
-/// x, pw_weight, pw_bias, weight, bias, bn1_weight, bn1_bias, bn2_weight, bn2_bias
-type Backward<'py> = (
-    Array<'py>,
-    Option<Array<'py>>,
-    Option<Array<'py>>,
-    Array<'py>,
-    Array<'py>,
-    Option<Array<'py>>,
-    Option<Array<'py>>,
-    Option<Array<'py>>,
-    Option<Array<'py>>,
-);
-
-#[allow(clippy::too_many_arguments)]
 fn backward<'py, T: Number>(
-    (variant, gate): (Variant, Gate),
-    grad: &Array<'py>,
+    kind: (Variant, Gate),
     x: &Array<'py>,
-    d: &Array<'py>,
-    p: Option<&Array<'py>>,
-    pw_weight: Option<&Array<'py>>,
-    weight: &Array<'py>,
-    bn1: Option<BackwardNorm<'py>>,
-    bn2: Option<BackwardNorm<'py>>,
+    [grad, d, p]: [Option<&Array<'py>>; 3],
+    [pw_weight, weight]: [Option<&Array<'py>>; 2],
+    [bn1, bn2]: [Option<BackwardNorm<'py>>; 2],
+    [gx, gp, gpw_weight, gpw_bias, gweight, gbias]: [Option<&Array<'py>>; 6],
     threads: usize,
-) -> PyResult<Backward<'py>> {
+) -> PyResult<()> {
     let py = x.py();
-    let (x, weight) = (Input::<T>::new("x", x)?, Input::<T>::new("weight", weight)?);
-    let (grad, d) = (Input::<T>::new("grad", grad)?, Input::<T>::new("d", d)?);
-    let p = Input::<T>::optional("p", p)?;
-    let pw_weight = Input::<T>::optional("pw_weight", pw_weight)?;
-    let (norm1, norm2) = (NormInput::backward("bn1", bn1)?, NormInput::backward("bn2", bn2)?);
-    let batch = batch_of(&x)?;
-    for (name, tensor) in [("grad", Some(&grad)), ("d", Some(&d)), ("p", p.as_ref())] {
-        if let Some(tensor) = tensor {
-            tensor.expect_shape(name, &batch.dims())?;
+    let x = View::<T>::input("x", x)?;
+    let batch = Batch::new(x.shape())?;
+    let c = batch.c;
+    let saved = [View::read("grad", grad)?, View::read("d", d)?, View::read("p", p)?];
+    for (name, view) in ["grad", "d", "p"].into_iter().zip(&saved) {
+        if let Some(view) = view {
+            view.expect_shape(name, x.shape())?;
         }
     }
-    // The bias itself is not needed for its gradient, which comes back whenever p is there.
-    let zeros = vec![T::ZERO; batch.c];
-    let unit = XUnit {
-        variant,
-        gate,
-        kernel: kernel_of(&weight, batch.c)?,
-        pointwise: match &pw_weight {
-            Some(weight) => {
-                weight.expect_shape("pw_weight", &[batch.c, batch.c, 1, 1])?;
-                Some(Pointwise { weight: weight.slice()?, bias: Some(&zeros) })
-            }
-            None => None,
-        },
-        weight: weight.slice()?,
-        bias: None,
-        norm1: norm1.as_ref().map(NormInput::borrow).transpose()?,
-        norm2: norm2.as_ref().map(NormInput::borrow).transpose()?,
+    let (pw_weight, weight) = (View::read("pw_weight", pw_weight)?, View::read("weight", weight)?);
+    let norms = [NormInput::<T>::backward(bn1, c)?, NormInput::backward(bn2, c)?];
+    let shape_of = |view: &Io<'_, T>| view.as_ref().map_or(vec![], |view| view.shape().to_vec());
+    let outputs = [
+        View::written("gx", gx, x.shape())?,
+        View::written("gp", gp, x.shape())?,
+        View::written("gpw_weight", gpw_weight, &shape_of(&pw_weight))?,
+        View::written("gpw_bias", gpw_bias, &[c])?,
+        View::written("gweight", gweight, &shape_of(&weight))?,
+        View::written("gbias", gbias, &[c])?,
+    ];
+    let norms_of = || norms.iter().flatten();
+    disjoint(
+        [Some(&x), pw_weight.as_ref(), weight.as_ref()]
+            .into_iter()
+            .flatten()
+            .map(View::range)
+            .chain(ranges(&saved))
+            .chain(norms_of().flat_map(NormInput::inputs)),
+        ranges(&outputs).chain(norms_of().flat_map(NormInput::outputs)),
+    )?;
+    let unit = unit(kind, batch, [&pw_weight, &None, &weight, &None], &norms)?;
+    let [grad, d, p] = saved.each_ref().map(|view| view.as_ref().map(View::slice));
+    let saved = XUnitSaved { x: x.slice(), d: d.unwrap_or_default(), p };
+    let [norm1, norm2] = &norms;
+    // SAFETY: checked to be disjoint, and each taken once.
+    let gradients = unsafe {
+        let [gx, gp, gpw_weight, gpw_bias, gweight, gbias] =
+            outputs.each_ref().map(|view| view.as_ref().map(|view| view.slice_mut()));
+        XUnitGradients {
+            x: gx.unwrap_or_default(),
+            pointwise: match (gp, gpw_weight) {
+                (Some(p), Some(weight)) => Some(PointwiseGradients { p, weight, bias: gpw_bias }),
+                _ => None,
+            },
+            weight: gweight.unwrap_or_default(),
+            bias: gbias,
+            norm1: norm1.as_ref().and_then(|norm| norm.gradients()),
+            norm2: norm2.as_ref().and_then(|norm| norm.gradients()),
+        }
     };
-    let (grad, x, d, p) = (grad.slice()?, x.slice()?, d.slice()?, slice_of(p.as_ref())?);
-    let g = py.detach(|| ops::xunit_backward(&unit, batch, grad, x, d, p, threads))?;
-    let vector = |data: Vec<T>| array(py, data, &[batch.c]);
-    let pair = |norm: Option<(Vec<T>, Vec<T>)>| -> PyResult<_> {
-        let Some((weight, bias)) = norm else {
-            return Ok((None, None));
-        };
-        Ok((Some(vector(weight)?), Some(vector(bias)?)))
-    };
-    let ((bn1_weight, bn1_bias), (bn2_weight, bn2_bias)) = (pair(g.norm1)?, pair(g.norm2)?);
-    let square = |data: Vec<T>| array(py, data, &[batch.c, batch.c, 1, 1]);
-    Ok((
-        array(py, g.x, &batch.dims())?,
-        g.pointwise_weight.map(square).transpose()?,
-        g.pointwise_bias.map(vector).transpose()?,
-        array(py, g.weight, &[batch.c, 1, unit.kernel, unit.kernel])?,
-        vector(g.bias)?,
-        bn1_weight,
-        bn1_bias,
-        bn2_weight,
-        bn2_bias,
-    ))
+    let (grad, threads) = (grad.unwrap_or_default(), Threads::Host(threads));
+    py.detach(|| ops::xunit_backward(&unit, batch, grad, saved, gradients, threads))?;
+    Ok(())
 }

@@ -2,6 +2,8 @@
 
 #![allow(dead_code)]
 
+pub mod owned;
+
 use std::fmt::Debug;
 use std::process::Command;
 
