@@ -159,6 +159,20 @@ pub trait Simd<T: Scalar>: Copy {
 #[derive(Clone, Copy)]
 struct F32<I, const TILE_VECTORS: usize>(I);
 
+impl<I: RtenIsa, const TILE_VECTORS: usize> F32<I, TILE_VECTORS> {
+    /// The mask of the first `n` lanes: one comparison, where `first_n_mask` is a loop.
+    #[inline(always)]
+    fn first(self, n: usize) -> <I::F32 as rten_simd::Simd>::Mask {
+        const NUMBERS: [f32; 16] =
+            [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
+        let ops = self.0.f32();
+        assert!(ops.len() <= NUMBERS.len());
+        // SAFETY: there are as many numbers as lanes, by the assertion above.
+        let numbers = unsafe { ops.load_ptr(NUMBERS.as_ptr()) };
+        ops.lt(numbers, ops.splat(n as f32))
+    }
+}
+
 impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
     type V = I::F32;
     const TILE_VECTORS: usize = TILE_VECTORS;
@@ -178,9 +192,8 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
     }
     #[inline(always)]
     unsafe fn load_first(self, ptr: *const f32, n: usize) -> I::F32 {
-        let ops = self.0.f32();
         // SAFETY: the mask is set for the first `n` lanes alone, which the caller vouches for.
-        unsafe { ops.load_ptr_mask(ptr, ops.first_n_mask(n)) }
+        unsafe { self.0.f32().load_ptr_mask(ptr, self.first(n)) }
     }
     #[inline(always)]
     fn prefetch(self, ptr: *const f32) {
@@ -193,9 +206,8 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
     }
     #[inline(always)]
     unsafe fn store_first(self, x: I::F32, ptr: *mut f32, n: usize) {
-        let ops = self.0.f32();
         // SAFETY: the mask is set for the first `n` lanes alone, which the caller vouches for.
-        unsafe { ops.store_ptr_mask(x, ptr, ops.first_n_mask(n)) }
+        unsafe { self.0.f32().store_ptr_mask(x, ptr, self.first(n)) }
     }
     #[inline(always)]
     fn add(self, a: I::F32, b: I::F32) -> I::F32 {
