@@ -69,6 +69,9 @@ class DepthwiseConv2d(nn.Conv2d):
         if not isinstance(x, Tensor) or self.padding_mode != "zeros":
             _autograd.refuse(self.backend, f"input {type(x).__name__}, {self.padding_mode} padding")
             return self._conv_forward(x, self.weight, self.bias)
+        if not x.is_floating_point():
+            _autograd.refuse(self.backend, f"the input is {x.dtype}")
+            return self._conv_forward(x, self.weight, self.bias)
         return functional.depthwise_conv2d(
             x,
             self.weight,
