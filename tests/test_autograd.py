@@ -10,16 +10,11 @@ import torch.nn.functional as F  # noqa: E402
 from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from xunit_rs import _autograd, functional, reference  # noqa: E402
+from xunit_rs import functional, reference  # noqa: E402
 from xunit_rs.functional import BatchNormState  # noqa: E402
 from xunit_rs.modules import DepthwiseConv2d, xUnit  # noqa: E402
 
-BACKENDS = [
-    "torch",
-    pytest.param(
-        "rust", marks=pytest.mark.skipif(_autograd._NO_CORE is not None, reason="no _core")
-    ),
-]
+BACKENDS = ["torch", "rust"]
 GATES = ["sigmoid", "gaussian"]
 
 

@@ -104,6 +104,65 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFi
     assert source.read_bytes() != before
 
 
+def test_a_second_photo_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = save(tmp_path / "a.png"), save(tmp_path / "b.png")
+    before = second.read_bytes()
+    assert denoise("--overwrite", first, second) == 1  # as by a shell's *.png
+    assert "name it with --output" in one_line(capsys.readouterr().err)
+    assert second.read_bytes() == before
+    assert denoise(first, "-o", second) == 1
+    assert "already exists" in one_line(capsys.readouterr().err)
+    assert denoise(first, tmp_path / "c.png", "-o", second) == 1
+    assert "two outputs" in one_line(capsys.readouterr().err)
+    assert denoise("--overwrite", first, "--output", second) == 0
+    assert second.read_bytes() != before
+
+
+def test_broken_weights_are_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Darker, "denoise", lambda self, image, *_: image * np.float32(np.nan))
+    assert denoise(save(tmp_path / "a.png")) == 1
+    assert "a.png" in one_line(capsys.readouterr().err)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_target_that_does_not_fit_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Denoiser, "from_pretrained", lambda *_, **__: pytest.fail("too late"))
+    source = save(tmp_path / "a.png")
+    for suffix in (".gif", ".ico", ".jp2", ".pdf"):
+        assert denoise(source, tmp_path / f"b{suffix}") == 1
+        assert f"suffix '{suffix}'" in one_line(capsys.readouterr().err)
+
+
+def test_a_traceback_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XUNIT_DEBUG", "1")
+    assert denoise(tmp_path / "none.png") == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error and "in _jobs" in error
+    assert error.splitlines()[-1].startswith("xunit-rs: error: ")
+
+
+def test_help_of_train_shows_the_defaults_of_the_function(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from xunit_rs import training
+
+    assert cli.main(["train", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, parameter in inspect.signature(training.train).parameters.items():
+        if parameter.default not in (None, False, inspect.Parameter.empty):
+            option = f"--{name.replace('_', '-')} "
+            assert f"(default: {parameter.default})" in text.split(f" {option}")[-1][:120], name
+    assert "(default: 20000 without --time-budget)" in text
+    code = "import sys; from xunit_rs import cli; cli._parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -270,6 +329,9 @@ def test_eval_prints_a_table_or_json(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert cli.main([*options, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["images"] == len(result["per_image"]) == 2
+    assert cli.main([*options, "--json", "--sigma", "0"]) == 0
+    perfect = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    assert perfect["noisy_psnr"] is None
     assert cli.main(options) == 0
     assert f"psnr        {result['psnr']:.3f}\n" in capsys.readouterr().out
     assert cli.main([*options, "--sigma", "-1"]) == 1

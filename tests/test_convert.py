@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import io
+import itertools
 import pickle
+import threading
 import warnings
 
 import pytest
@@ -306,11 +309,149 @@ def test_split_after_an_interrupted_forward():
     torch.testing.assert_close(new(image()), expected)
 
 
+class Repeated(nn.Module):
+    """Calls one ReLU as often as it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU()
+        self.times = 2
+
+    def features(self, x):
+        for _ in range(self.times):
+            x = self.relu(x + 0.1)
+        return x
+
+    def forward(self, x):
+        return self.features(x)
+
+
 def test_split_refuses_a_call_too_many():
-    new = replace_relu(Reused(), image())
+    new = replace_relu(Repeated(), image())
+    expected = new(image())
+    new.times = 3
+    with pytest.raises(RuntimeError, match=r"call 3 .* 2 times"):
+        new(image())
+    new.times = 2
+    assert torch.equal(new.features(image()), expected)  # after an exception, too
+
+
+def test_split_around_the_call_of_the_scope():
+    new = replace_relu(Repeated(), image()).eval()
+    expected = new(image())
+    for _ in range(3):
+        assert torch.equal(new.features(image()), expected)
+    traced = torch.fx.symbolic_trace(new)
+    assert [n.target for n in traced.graph.nodes if str(n.target).endswith("features.2")] == [
+        "relu.0.features.2",
+        "relu.1.features.2",
+    ]
+    torch.testing.assert_close(traced(image()), expected)
+    # A forward that makes fewer calls leaves nothing behind either.
+    new.times = 1
     new(image())
-    with pytest.raises(RuntimeError, match=r"call 4 .* 3 times"):
-        new.relu(image(2, 4, 5, 6))
+    new.times = 2
+    assert torch.equal(new.features(image()), expected)
+
+
+def test_split_in_several_threads():
+    new = replace_relu(Repeated(), image()).eval()
+    expected = new(image())
+    meet = threading.Barrier(2, timeout=30)
+    new.relu.register_forward_pre_hook(lambda *_: print(meet.wait()))
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(new(image()))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2 and all(torch.equal(out, expected) for out in found)
+
+
+def test_split_refuses_checkpointing_of_single_calls():
+    class Recomputed(Repeated):
+        def features(self, x):
+            for _ in range(2):
+                x = checkpoint(lambda t: self.relu(t + 0.1), x, use_reentrant=False)
+            return x
+
+    out = replace_relu(Recomputed(), image())(image().requires_grad_())
+    with pytest.raises(RuntimeError, match="activation checkpointing"):
+        out.sum().backward()
+
+
+# ---------------------------------------------------------------- in place
+
+
+class InPlace(nn.Module):
+    def __init__(self, use):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.tail = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True))
+        self.use = use
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.tail(self.use(x, self.relu))
+
+
+def statement(x, relu):
+    relu(x)
+    return x
+
+
+USES = {
+    "statement": statement,
+    "pre-activation": lambda x, relu: x + relu(x).neg(),
+    "part": lambda x, relu: [relu(x[:1]), x][1],
+    "twice": lambda x, relu: [relu(x), relu(x), x][2],
+    "check": lambda x, relu: [relu(x), x][0 if float(x.sum()) >= 0 else 1 / 0],
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("example", [image(), torch.zeros(2, 3, 5, 6)])
+def test_a_relu_whose_in_place_effect_is_used_stays(use, example):
+    model = InPlace(USES[use]).eval()
+    before = copy.deepcopy(model.state_dict())
+    sites = [site for site in find_relus(model, example) if site.name == "relu"]
+    assert {s.action for s in sites} == {"skip"}
+    assert {s.reason for s in sites} == {"its in-place effect is used"}
+    new = replace_relu(model, example, unit=lambda c: nn.ReLU())
+    assert new.relu.inplace and not new.tail[1].inplace
+    torch.testing.assert_close(new(image()), model(image()))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_other_in_place_relus_are_converted():
+    model = InPlace(lambda x, relu: relu(x) + image())
+    assert [s.action for s in find_relus(model, image())] == ["convert"] * 2
+    # On the meta device there are no values to tell by.
+    model = InPlace(lambda x, relu: relu(x)).to("meta")
+    assert [s.action for s in find_relus(model, image().to("meta"))] == ["convert"] * 2
+    # Nor does a model tell that gives another result each time.
+    counts = itertools.count()
+    model = InPlace(lambda x, relu: relu(x) + next(counts))
+    assert [s.action for s in find_relus(model, image())] == ["convert"] * 2
+
+
+@pytest.mark.parametrize("kind", [dict, tuple, list, "dataclass"])
+def test_in_place_effects_are_seen_in_every_kind_of_output(kind):
+    @dataclasses.dataclass
+    class Output:
+        x: torch.Tensor
+
+    class Wrapped(InPlace):
+        def forward(self, x):
+            out = self.conv(x)
+            self.relu(out)
+            if kind == "dataclass":
+                return Output(out)
+            return {"x": out} if kind is dict else kind([out])
+
+    sites = find_relus(Wrapped(None), image())
+    assert sites[0].reason == "its in-place effect is used"
 
 
 def test_split_of_a_block_that_is_called_twice():
@@ -537,6 +678,32 @@ def test_accelerate_depthwise(name):
     x = image(2, 4, 9, 11).to(conv.weight.dtype)
     torch.testing.assert_close(new(x), conv(x))
     assert repr(new).split("(", 1)[1] == repr(conv).split("(", 1)[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_accelerate_keeps_types_that_only_torch_computes(dtype):
+    conv = nn.Conv2d(2, 2, 3, groups=2, bias=False).requires_grad_(False)
+    conv.weight = nn.Parameter((conv.weight * 9).to(dtype), requires_grad=False)
+    x = (image(1, 2, 5, 5) * 9).to(dtype)
+    expected = conv(x)
+    new = accelerate(nn.Sequential(conv))[0]
+    assert type(new) is DepthwiseConv2d
+    assert torch.equal(new(x), expected)
+    new.backend = "rust"
+    with pytest.raises(ValueError, match=str(dtype)):
+        new(x)
+
+
+def test_accelerate_keeps_what_a_convolution_holds_besides():
+    conv = nn.Conv2d(4, 4, 3, groups=4)
+    conv.register_buffer("scale", torch.ones(3))
+    conv.act = nn.ReLU()
+    conv.note = "mine"
+    keys = list(conv.state_dict())
+    new = accelerate(nn.Sequential(conv))[0]
+    assert type(new) is DepthwiseConv2d
+    assert list(new.state_dict()) == keys and new.scale is conv.scale
+    assert new.act is conv.act and new.note == "mine"
 
 
 def test_accelerate_leaves_other_convolutions():

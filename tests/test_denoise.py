@@ -178,6 +178,17 @@ def test_values_that_are_no_image() -> None:
             denoiser(wrong)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_network_of_broken_weights_makes_no_picture(tmp_path: Path, value: float) -> None:
+    tensors = random_network("xdncnn-2021")
+    tensors["tail.weight"][0, 0, 0, 0] = value
+    path = tmp_path / "broken.safetensors"
+    write_safetensors(path, tensors, {"format": "xunit-rs", "architecture": "xdncnn-2021"})
+    for image in (random_image((8, 9), "uint8"), random_image((8, 9, 3), "float32")):
+        with pytest.raises(ValueError, match="not finite"):
+            Denoiser.from_pretrained(path)(image)
+
+
 def test_tile_and_threads_reach_the_network() -> None:
     network = FakeNetwork()
     denoiser = Denoiser(network, tile=64, threads=2)
@@ -399,7 +410,9 @@ def test_noise_is_removed_from_grey_and_colour(tmp_path: Path) -> None:
 
 
 def test_networks_of_the_package_remove_noise() -> None:
-    for name in pretrained_names():
+    names = pretrained_names()
+    assert names
+    for name in names:
         removes_noise(Denoiser.from_pretrained(name), 7)
 
 

@@ -15,7 +15,6 @@ from torch.nn.utils import parametrizations, prune  # noqa: E402
 from xunit_rs import _autograd, functional  # noqa: E402
 from xunit_rs.modules import DepthwiseConv2d, xUnit, xUnitD, xUnitS  # noqa: E402
 
-needs_core = pytest.mark.skipif(_autograd._NO_CORE is not None, reason="no _core")
 UNITS = [xUnit, xUnitS, xUnitD]
 
 
@@ -47,7 +46,6 @@ def plain(module, x):
     return x * module.features(x)
 
 
-@needs_core
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("bn", [False, True])
 def test_rust_runs_forward_and_backward(unit, bn, calls):
@@ -58,7 +56,6 @@ def test_rust_runs_forward_and_backward(unit, bn, calls):
     assert calls.count == 2
 
 
-@needs_core
 def test_torch_backend_never_calls_rust(calls):
     x = torch.randn(2, 3, 6, 6)
     xUnit(3, 3, backend="torch")(x).sum().backward()
@@ -309,7 +306,6 @@ def test_subclass_and_modes():
     assert any("convolution" in str(f) for f in seen)
 
 
-@needs_core
 def test_a_default_device_does_not_turn_rust_off(calls):
     with torch.device("cpu"):
         xUnit(3, 3)(torch.randn(2, 3, 6, 6))
@@ -372,7 +368,6 @@ def test_nan_check_of_anomaly_mode_works():
         xUnit(3, 3, True)(torch.randn(2, 3, 6, 6)).sum().backward()
 
 
-@needs_core
 def test_threads_are_torchs(monkeypatch):
     seen = []
 

@@ -164,6 +164,26 @@ def test_torch_modules(folder: Path) -> None:
         assert result.protocol == protocol
 
 
+def test_torch_modules_are_evaluated_in_evaluation_mode(folder: Path) -> None:
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3, padding=1), torch.nn.BatchNorm2d(1))
+    model.double()[1].eval()
+    expected = evaluate(model.eval(), folder)
+    model.train()[1].eval()
+    flags = [module.training for module in model.modules()]
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    assert evaluate(model, folder) == expected
+    assert [module.training for module in model.modules()] == flags == [True, True, False]
+    assert all(map(torch.equal, model.buffers(), buffers))
+    model.train()
+    assert evaluate(model, folder) == expected
+    assert model[1].training and all(map(torch.equal, model.buffers(), buffers))
+    (folder / "broken.png").write_bytes(b"no")
+    with pytest.raises(ValueError, match="broken"):
+        evaluate(model, folder)
+    assert model[1].training
+
+
 def test_official2018_protocol_is_its_definition(folder: Path) -> None:
     torch = pytest.importorskip("torch")
     clean = torch.from_numpy(np.array(Image.open(folder / "1.png")))[None, None].float() / 255

@@ -11,14 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from xunit_rs import images
+from xunit_rs import Denoiser, images
 from xunit_rs.images import ImageError
 
 RNG = np.random.default_rng(0)
+UNFIT = (".gif", ".ico", ".jp2", ".pdf", ".avif", ".pfm")
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"></x:xmpmeta>'
 
 
 def pixels(mode: str, height: int = 9, width: int = 7) -> Image.Image:
+    if mode == "F":
+        return Image.fromarray(RNG.random((height, width), np.float32))
     bands = {"L": (), "LA": (2,), "RGB": (3,), "RGBA": (4,)}
     if mode == "I;16":
         return Image.fromarray(RNG.integers(0, 65536, (height, width)).astype(np.uint16))
@@ -68,22 +73,128 @@ def test_metadata_survives(tmp_path: Path, suffix: str) -> None:
             assert tuple(round(v) for v in back.info["dpi"]) == (300, 300)
 
 
-def test_reduced_depth_and_frames_are_announced(tmp_path: Path) -> None:
+def save_with_metadata(path: Path) -> Image.Image:
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112], exif[0x8298] = "Maker", 6, "me"
+    exif.get_ifd(0x8769)[0x829A] = 0.5  # exposure time
+    text = PngInfo()
+    text.add_text("Author", "somebody")
+    text.add_itxt("XML:com.adobe.xmp", XMP.decode())
+    options: dict[str, Any] = {
+        ".tif": {"tiffinfo": {700: XMP, 0x010F: "Maker", 0x0112: 6, 0x8298: "me"}},
+        ".png": {"exif": exif, "pnginfo": text},
+        ".webp": {"exif": exif, "xmp": XMP},
+        ".jpg": {"exif": exif, "xmp": XMP, "comment": b"hills"},
+    }
+    image = pixels("RGB")
+    image.save(path, **options[path.suffix])
+    return image
+
+
+@pytest.mark.parametrize("source", [".png", ".jpg", ".webp", ".tif"])
+@pytest.mark.parametrize("target", [".png", ".jpg", ".webp", ".tif"])
+def test_exif_and_xmp_reach_every_format(tmp_path: Path, source: str, target: str) -> None:
+    save_with_metadata(tmp_path / f"in{source}")
+    images.write(images.read(tmp_path / f"in{source}"), tmp_path / f"out{target}")
+    with Image.open(tmp_path / f"out{target}") as back:
+        exif = back.getexif()
+        assert (exif[0x010F], exif[0x8298]) == ("Maker", "me")
+        # Pillow turns the pixels of TIFF as it reads them.
+        assert exif.get(0x0112) == (None if source == ".tif" else 6)
+        if source != ".tif":
+            assert exif.get_ifd(0x8769)[0x829A] == 0.5
+        if target != ".tif":
+            assert not {256, 257, 258, 259, 273, 279} & set(exif)
+        assert back.info["xmp"] == XMP
+        back.load()
+        assert back.size == ((9, 7) if ".tif" in (source, target) else (7, 9))
+        if source == target == ".jpg":
+            assert back.info["comment"] == b"hills"
+        if source == target == ".png":
+            assert back.info["Author"] == "somebody"
+
+
+def test_a_denoised_tiff_keeps_its_exif(tmp_path: Path) -> None:
+    class Identity:
+        channels = 1
+
+        def denoise(self, image: Any, tile: int, threads: int) -> Any:
+            return image
+
+    save_with_metadata(tmp_path / "a.tif")
+    with Image.open(tmp_path / "a.tif") as image:
+        result = Denoiser(Identity())(image)
+        assert "exif" not in image.info
+    assert result.getexif()[0x010F] == "Maker" and 273 not in result.getexif()
+
+
+def test_xmp_too_long_for_jpeg_is_left_out(tmp_path: Path) -> None:
+    image = pixels("RGB")
+    image.info["xmp"] = b" " * 70_000
+    with pytest.warns(UserWarning, match=r"a\.jpg: XMP of 70000 bytes"):
+        images.write(image, tmp_path / "a.jpg")
+
+
+def test_webp_without_loss_stays_without_loss(tmp_path: Path) -> None:
+    for name, options in (("plain", {}), ("exif", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0"})):
+        image = pixels("RGB")
+        image.save(tmp_path / f"{name}.webp", lossless=True, **options)
+        images.write(images.read(tmp_path / f"{name}.webp"), tmp_path / f"{name}-out.webp")
+        np.testing.assert_array_equal(images.read(tmp_path / f"{name}-out.webp"), image)
+        image.save(tmp_path / f"{name}.webp", **options)
+        assert "lossless" not in images.read(tmp_path / f"{name}.webp").info
+
+
+def test_mode_i_becomes_a_png_of_16_bits(tmp_path: Path) -> None:
+    values = np.array([[0, 65535, 300]], np.int32)
+    image = Image.fromarray(values)
+    image.info["dpi"] = (300, 300)
+    images.write(image, tmp_path / "a.png")
+    back = images.read(tmp_path / "a.png")
+    np.testing.assert_array_equal(back, values)
+    assert round(back.info["dpi"][0]) == 300
+    with pytest.raises(ImageError, match=r"0\.\.70000.*tif"):
+        images.write(Image.fromarray(np.array([[0, 70000]], np.int32)), tmp_path / "b.png")
+    assert os.listdir(tmp_path) == ["a.png"]
+
+
+def test_a_compression_that_would_lose_is_not_taken_over(tmp_path: Path) -> None:
+    image = pixels("RGB", 32, 32)
+    for kind, source in (("jpeg", image), ("group4", image.convert("1"))):
+        source.save(tmp_path / "in.tif", compression=kind)
+        read = images.read(tmp_path / "in.tif")
+        images.write(read, tmp_path / "out.tif", overwrite=True)
+        np.testing.assert_array_equal(images.read(tmp_path / "out.tif"), read)
+
+
+def deep_png(colour_type: int, values: Any) -> bytes:
+    """A PNG of 16 bits a channel, which Pillow does not write."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
-    rows = (b"\0" + b"\x12\x34" * 6) * 2
-    (tmp_path / "deep.png").write_bytes(
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
         + chunk(b"IDAT", zlib.compress(rows))
         + chunk(b"IEND", b"")
     )
+
+
+def test_reduced_depth_and_frames_are_announced(tmp_path: Path) -> None:
+    (tmp_path / "deep.png").write_bytes(deep_png(2, np.full((2, 2, 3), 0x1234)))
     with pytest.warns(UserWarning, match=r"deep\.png: 16-bit colour"):
         images.read(tmp_path / "deep.png")
+    values = RNG.integers(0, 65536, (3, 4, 2))
+    (tmp_path / "alpha.png").write_bytes(deep_png(4, values))
+    with pytest.warns(UserWarning, match=r"alpha\.png: 16-bit grey with alpha"):
+        image = images.read(tmp_path / "alpha.png")
+    assert image.mode == "LA"
+    np.testing.assert_array_equal(image, values >> 8)
     pixels("L").save(tmp_path / "two.gif", save_all=True, append_images=[pixels("L")])
     with pytest.warns(UserWarning, match="first of its 2 frames"):
         images.read(tmp_path / "two.gif")
@@ -166,6 +277,9 @@ def test_unwritable_targets(tmp_path: Path) -> None:
     for name, mode, reason in [
         ("a.txt", "L", "suffix '.txt'"),
         ("a", "L", "suffix ''"),
+        *((f"a{suffix}", "L", f"suffix '{suffix}'.*png") for suffix in UNFIT),
+        ("a.bmp", "RGBA", "BMP cannot store mode RGBA"),
+        ("a.png", "F", r"PNG cannot store mode F; try \.tif"),
         ("a.jpg", "RGBA", "JPEG cannot store mode RGBA"),
         ("a.jpg", "I;16", "JPEG cannot store mode I;16"),
         ("none/a.png", "L", "no such folder"),

@@ -34,18 +34,48 @@ def test_import_does_not_import_torch():
     assert python("import sys, xunit_rs; print('torch' in sys.modules)") == "False\n"
 
 
-@pytest.mark.parametrize("name", ["xUnit", "DepthwiseConv2d", "Gaussian", "functional"])
-def test_without_torch_the_error_says_what_to_install(name):
+NEED_TORCH = (
+    "from xunit_rs import xUnit",
+    "from xunit_rs import DepthwiseConv2d",
+    "from xunit_rs import replace_relu",
+    "from xunit_rs import functional",
+    "from xunit_rs import training",
+    "import xunit_rs; xunit_rs.models",
+    "from xunit_rs.checkpoints import load",
+    "from xunit_rs.convert import accelerate",
+    "from xunit_rs.functional import xunit",
+    "from xunit_rs.models import XDnCNN",
+    "from xunit_rs.modules import xUnit",
+    "from xunit_rs.reference import xunit",
+    "from xunit_rs.training import train",
+    "from xunit_rs.training.data import Patches",
+)
+
+
+@pytest.mark.parametrize("statement", NEED_TORCH)
+def test_without_torch_the_error_says_what_to_install(statement):
     out = python(
         NO_TORCH
         + f"""
-try:
-    from xunit_rs import {name}
-except ImportError as error:
-    print(error)
+for _ in range(2):
+    try:
+        {statement}
+    except ImportError as error:
+        print(error.name, error)
 """
     )
-    assert out == f"xunit_rs.{name} needs PyTorch: pip install 'xunit-rs[torch]'\n"
+    line = "torch this part of xunit_rs needs PyTorch: pip install 'xunit-rs[torch]'\n"
+    assert out == 2 * line
+
+
+def test_submodules_are_attributes():
+    names = ("checkpoints", "cli", "convert", "denoise", "evaluation", "functional", "images")
+    names += ("models", "modules", "reference", "training")
+    for name in names:
+        code = f"import xunit_rs; print(xunit_rs.{name}.__name__, {name!r} in dir(xunit_rs))"
+        assert python(code) == f"xunit_rs.{name} True\n"
+    for name in ("cli", "denoise", "evaluation", "images"):
+        assert python(f"{NO_TORCH}import xunit_rs; print(xunit_rs.{name}.__name__)")
 
 
 def test_every_public_name_is_there():

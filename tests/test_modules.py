@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import copy
+import re
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 
-from xunit_rs import _autograd, functional, reference  # noqa: E402
+from xunit_rs import functional, reference  # noqa: E402
 from xunit_rs.modules import DepthwiseConv2d, Gaussian, xUnit, xUnitD, xUnitS  # noqa: E402
 
 UNITS = [xUnit, xUnitS, xUnitD]
-BACKENDS = [
-    "torch",
-    pytest.param(
-        "rust", marks=pytest.mark.skipif(_autograd._NO_CORE is not None, reason="no _core")
-    ),
-]
+BACKENDS = ["torch", "rust"]
 
 
 def conv(n: int) -> list[str]:
@@ -361,3 +358,30 @@ W = torch.zeros(3, 1, 3, 3)
 def test_errors_name_the_value(call, error, message, backend):
     with pytest.raises(error, match=message):
         call(backend)
+
+
+def test_arguments_that_are_no_integers_are_named():
+    for unit in UNITS:
+        for size in (7.0, (3, 3), "3"):
+            with pytest.raises(
+                TypeError, match=re.escape(f"kernel_size must be an integer, not {size!r}")
+            ):
+                unit(3, size)
+        with pytest.raises(TypeError, match=r"num_features.*3\.5"):
+            unit(3.5)
+    for name in ("kernel_size", "stride", "padding", "dilation"):
+        with pytest.raises(TypeError, match=rf"{name}.*1\.5"):
+            DepthwiseConv2d(**({"channels": 2, "kernel_size": 3} | {name: 1.5}))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_integers_of_numpy_are_integers(backend):
+    two = np.int64(2)
+    assert xUnit(np.int64(3), np.int64(5)).features[2].kernel_size == (5, 5)
+    conv = DepthwiseConv2d(two, np.int64(3), two, two, two, backend=backend)
+    plain = nn.Conv2d(2, 2, 3, 2, 2, 2, groups=2)
+    plain.load_state_dict(conv.state_dict())
+    x = torch.randn(1, 2, 9, 9)
+    torch.testing.assert_close(conv(x), plain(x))
+    out = functional.depthwise_conv2d(x, conv.weight, None, two, (two, 1), two, backend=backend)
+    assert out.shape == (1, 2, 5, 4)

@@ -32,6 +32,7 @@ def test_metadata():
     fields = metadata.metadata("xunit-rs")
     assert fields["License-Expression"] == "MIT OR Apache-2.0"
     assert set(fields.get_all("License-File")) == {"LICENSE", "LICENSE-APACHE", "LICENSE-MIT"}
+    assert fields["Author"] == "The xunit-rs developers"
     assert fields["Requires-Python"] == ">=3.10"
     assert set(fields.get_all("Provides-Extra")) == {"torch", "train", "test", "dev"}
 
@@ -56,6 +57,8 @@ def test_requirements():
     assert needs() == core
     for extra in ("torch", "train", "test", "dev"):
         assert needs(extra) >= core | {"torch", "safetensors"}, extra
+    # Before 2.6 a checkpoint could run code.
+    assert any(text.startswith("torch>=2.6") for text in metadata.requires("xunit-rs"))
     assert needs("test") >= {"pytest"}
     assert needs("dev") >= needs("test") | {"ruff", "mypy", "maturin"}
 

@@ -184,6 +184,45 @@ def test_a_finished_run_can_be_prolonged(data: Path, out: Path) -> None:
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 20
 
 
+@pytest.mark.parametrize("length", [{"steps": 10}, {"time_budget": 1e-6}])
+def test_resumed_without_a_length_it_has_that_of_before(
+    data: Path, out: Path, length: dict[str, Any]
+) -> None:
+    training.train(data, out, **length, **TINY)
+    before = torch.load(out / "last.pt", weights_only=True)
+    training.train(data, out, resume=True, **TINY)
+    after = torch.load(out / "last.pt", weights_only=True)
+    assert after["step"] == before["step"] <= 10
+    assert after["config"] == before["config"]
+
+
+def test_a_full_disk_at_the_log_does_not_stop_a_run(
+    data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_LOG_EVERY", 1)
+    out.mkdir()
+    (out / "log.jsonl").symlink_to("/dev/full")
+    with pytest.warns(UserWarning, match=r"log\.jsonl.*No space left") as caught:
+        path = training.train(data, out, steps=5, **TINY)
+    assert path.exists() and len(caught) == 1
+
+
+def test_files_are_whole_on_disk_and_have_ordinary_permissions(
+    data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size) or fsync(fd))
+    # Even to set it for a moment would be seen by other threads.
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("the umask was changed"))
+    path = training.train(data, out, steps=1, **TINY)
+    assert sorted(synced) == sorted(p.stat().st_size for p in (path, out / "last.pt"))
+    (out / "plain").touch()
+    for written in (path, out / "last.pt"):
+        assert written.stat().st_mode == (out / "plain").stat().st_mode
+    assert not list(out.glob(".*"))
+
+
 def test_time_ends_a_run_with_the_rate_near_zero(
     data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +280,10 @@ def test_init_starts_from_weights(data: Path, out: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="version 2018"):
         training.train(data, tmp_path / "third", init=first, version="2021", **TINY)
     assert not (tmp_path / "third").exists()
+    first.unlink()  # nor is it needed any longer
+    options = TINY | {"lr": 1e-30, "ema_decay": 0.0}
+    for init in (first, None):
+        training.train(data, tmp_path / "second", steps=2, init=init, resume=True, **options)
 
 
 def test_a_loss_that_is_not_finite_stops(

@@ -29,7 +29,19 @@ _HOMES = {
     "Denoiser": "denoise",
     "info": "_info",
 }
-_SUBMODULES = ("functional", "models", "reference")
+_SUBMODULES = (
+    "checkpoints",
+    "cli",
+    "convert",
+    "denoise",
+    "evaluation",
+    "functional",
+    "images",
+    "models",
+    "modules",
+    "reference",
+    "training",
+)
 
 __all__ = [
     "Denoiser",
@@ -50,9 +62,9 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         value: Any = _version()
     elif name in _HOMES:
-        value = getattr(_load(_HOMES[name], name), name)
+        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
     elif name in _SUBMODULES:
-        value = _load(name, name)
+        value = import_module(f".{name}", __name__)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
@@ -61,17 +73,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_SUBMODULES})
-
-
-def _load(module: str, wanted: str) -> Any:
-    try:
-        return import_module(f".{module}", __name__)
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise ImportError(
-            f"xunit_rs.{wanted} needs PyTorch: pip install 'xunit-rs[torch]'", name="torch"
-        ) from error
 
 
 def _version() -> str:

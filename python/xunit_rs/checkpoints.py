@@ -6,24 +6,27 @@ makes tensors and plain containers and refuses everything else.
 
 from __future__ import annotations
 
-import contextlib
+from . import _torch  # noqa: F401
+
+# isort: split
 import io
 import os
 import re
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._files import replacing
 from .denoise import find_weights, pretrained_names
 
 __all__ = ["Checkpoint", "CheckpointError", "convert", "list_weights", "load", "save"]
 
 _PICKLES = (".pkl", ".pt", ".pth", ".ckpt")
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "params")
+_MAX_KERNEL = 255  # as of the reader in Rust
 _STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -47,8 +50,9 @@ def list_weights() -> list[str]:
 def load(name_or_path: str | os.PathLike[str]) -> Checkpoint:
     """Read a network by the name of one in the package, or from a .pkl, .pt or .safetensors file.
 
-    Raises CheckpointError for a file that is no such network (truncated, hostile, other keys or
-    shapes), FileNotFoundError for a missing one.
+    Weights are float32, or float64, which become float32. Where safetensors have no metadata, the
+    keys tell the version. Raises CheckpointError for a file that is no such network (truncated,
+    hostile, other keys or shapes, NaN or infinity), FileNotFoundError for a missing one.
     """
     path = Path(os.fspath(name_or_path))
     if path.suffix.lower() not in _PICKLES:
@@ -98,27 +102,6 @@ def save(
         save_file(tensors, temporary, metadata=header)
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block succeeds."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        # mkstemp makes files that only their owner reads.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _safetensors() -> Any:
     try:
         import safetensors.torch
@@ -140,15 +123,36 @@ def _load_safetensors(path: Path) -> Checkpoint:
         state: dict[str, Tensor] = library.load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from error
-    if metadata.get("format") != "xunit-rs":
+    return _checked(path, _version(path, state, metadata), state, metadata)
+
+
+def _version(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """What the metadata say and the keys confirm; what the keys show where there are none.
+
+    As the reader in Rust has it, so that the Denoiser and XDnCNN take the same files.
+    """
+    # "pt" is what the safetensors library itself writes for torch.
+    if metadata.get("format", "pt") not in ("xunit-rs", "pt"):
         raise CheckpointError(
-            f"{path}: not a network of xunit-rs: format is {metadata.get('format')!r}"
+            f"{path}: not a network of xunit-rs: format is {metadata['format']!r}"
         )
-    architecture = metadata.get("architecture", "")
-    version = architecture.removeprefix("xdncnn-")
-    if version not in ("2018", "2021") or version == architecture:
-        raise CheckpointError(f"{path}: unknown architecture {architecture!r}")
-    return _checked(path, version, state, metadata, metadata.get("gate"))
+    marks = {"2018": "blocks.0.xunit.features.3.weight", "2021": "blocks.0.norm.weight"}
+    shown = [version for version, key in marks.items() if key in state]
+    said = metadata.get("architecture")
+    if said is None:
+        if len(shown) != 1:
+            raise CheckpointError(
+                f"{path}: no metadata name an architecture, and the keys fit no or several"
+            )
+        return shown[0]
+    version = said.removeprefix("xdncnn-")
+    if version not in marks or version == said:
+        raise CheckpointError(f"{path}: unknown architecture {said!r}")
+    if len(shown) == 1 and shown[0] != version:
+        raise CheckpointError(
+            f"{path}: architecture is {said!r}, but {marks[shown[0]]} is of 'xdncnn-{shown[0]}'"
+        )
+    return version
 
 
 def _load_pickle(path: Path) -> Checkpoint:
@@ -187,7 +191,7 @@ def _load_pickle(path: Path) -> Checkpoint:
         if name is None:
             raise CheckpointError(f"{path}: unexpected key {key!r}")
         ours[name] = value
-    return _checked(path, version, ours, {}, None)
+    return _checked(path, version, ours, {})
 
 
 def _from_2018(key: str) -> str | None:
@@ -223,26 +227,36 @@ def _checked(
     version: str,
     state: dict[str, Tensor],
     metadata: dict[str, str],
-    gate: str | None,
 ) -> Checkpoint:
     """Read the sizes off the shapes, and compare every key and shape with what they call for."""
+    _check_memory(path, state)
     first = state.get("blocks.0.conv.weight")
     unit = state.get(f"blocks.0.xunit.features.{2 if version == '2018' else 0}.weight")
     if first is None or unit is None or first.dim() != 4 or unit.dim() != 4:
         raise CheckpointError(f"{path}: an xDnCNN of {version} without its first block")
-    default = "gaussian" if version == "2018" else "sigmoid"
     config: dict[str, Any] = {
         "version": version,
         "channels": first.shape[1],
         "features": first.shape[0],
         "depth": len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
         "kernel_size": unit.shape[-1],
-        "gate": default if gate is None else gate,
+        "gate": metadata.get("gate", "gaussian" if version == "2018" else "sigmoid"),
     }
     if config["gate"] not in ("sigmoid", "gaussian"):
-        raise CheckpointError(f"{path}: unknown gate {gate!r}")
-    if config["kernel_size"] % 2 == 0:
-        raise CheckpointError(f"{path}: the kernel of the units is even: {tuple(unit.shape)}")
+        raise CheckpointError(f"{path}: unknown gate {config['gate']!r}")
+    if 0 in first.shape:
+        raise CheckpointError(f"{path}: blocks.0.conv.weight is empty: {tuple(first.shape)}")
+    if config["kernel_size"] % 2 == 0 or config["kernel_size"] > _MAX_KERNEL:
+        raise CheckpointError(
+            f"{path}: the kernel of the units must be odd and at most {_MAX_KERNEL}: "
+            f"{tuple(unit.shape)}"
+        )
+    for name in ("channels", "features", "depth", "kernel_size"):
+        said = metadata.get(name)
+        if said is not None and said.strip() != str(config[name]):
+            raise CheckpointError(
+                f"{path}: the metadata say {name} = {said}, the shapes {config[name]}"
+            )
     shapes = _shapes(**{k: v for k, v in config.items() if k != "gate"})
     for key, shape in shapes.items():
         if key not in state and key.endswith("num_batches_tracked"):
@@ -252,16 +266,32 @@ def _checked(
         value = state[key]
         if tuple(value.shape) != shape:
             raise CheckpointError(f"{path}: {key} is {tuple(value.shape)}, not {shape}")
-        if value.layout is not torch.strided or value.is_quantized or value.is_complex():
-            raise CheckpointError(f"{path}: {key} is not a plain real tensor but {value.dtype}")
         if not key.endswith("num_batches_tracked"):
-            if not value.is_floating_point():
-                raise CheckpointError(f"{path}: {key} is {value.dtype}, not floating point")
+            if value.dtype not in (torch.float32, torch.float64):
+                raise CheckpointError(f"{path}: {key} is {value.dtype}, not float32 or float64")
             state[key] = value.float()
+            if not state[key].isfinite().all():
+                raise CheckpointError(f"{path}: {key} has values that are not finite")
     for key in state:
         if key not in shapes:
             raise CheckpointError(f"{path}: unexpected key {key!r}")
     return Checkpoint({key: state[key] for key in shapes}, config, metadata)
+
+
+def _check_memory(path: Path, state: Mapping[str, Tensor]) -> None:
+    """A few bytes can stand for any number of elements: let none of them be allocated."""
+    held: dict[int, int] = {}
+    for key, value in state.items():
+        if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
+            kind = f"{value.layout}, {value.dtype}, on {value.device}"
+            raise CheckpointError(f"{path}: {key} is not a plain tensor but {kind}")
+        storage = value.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+    called_for = sum(value.nbytes for value in state.values())
+    if called_for > sum(held.values()):
+        raise CheckpointError(
+            f"{path}: its tensors are of {called_for} bytes, of which it holds {sum(held.values())}"
+        )
 
 
 def _shapes(

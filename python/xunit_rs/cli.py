@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import io
 import json
+import math
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +25,7 @@ __all__ = ["main"]
 _TRAIN_OPTIONS: list[tuple[str, Callable[[str], Any], str]] = [
     ("version", str, "form of the network: 2018 or 2021"),
     ("sigma", float, "noise standard deviation, 0-255 scale"),
-    ("steps", int, "number of optimiser steps"),
+    ("steps", int, "number of optimiser steps; with --resume by default those of before"),
     ("time-budget", float, "seconds after which training ends, results saved"),
     ("patch-size", int, "side of the training patches, pixels"),
     ("batch-size", int, "patches per step"),
@@ -31,7 +34,7 @@ _TRAIN_OPTIONS: list[tuple[str, Callable[[str], Any], str]] = [
     ("channels", int, "1 (grey) or 3 (colour)"),
     ("features", int, "width of the network"),
     ("depth", int, "number of blocks"),
-    ("init", Path, "checkpoint to start from"),
+    ("init", Path, "checkpoint to start from; not read with --resume"),
     ("val", Path, "folder of clean images to measure PSNR on"),
     ("precision", str, "auto, float32 or bfloat16"),
     ("ema-decay", float, "decay of the moving average of the weights"),
@@ -73,13 +76,18 @@ def _parser() -> argparse.ArgumentParser:
     from . import __version__
 
     parser = argparse.ArgumentParser(
-        prog="xunit-rs", description="Image denoising with xUnit networks, on the CPU."
+        prog="xunit-rs",
+        description="Image denoising with xUnit networks, on the CPU.",
+        epilog="With XUNIT_DEBUG=1 in the environment an error shows where it came from.",
     )
     parser.add_argument("--version", action="version", version=f"xunit-rs {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:
-        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, **options: Any
+    ) -> Any:
+        description = f"{text[0].upper()}{text[1:]}."
+        sub = commands.add_parser(name, help=text, description=description, **options)
         sub.set_defaults(run=run)
         return sub
 
@@ -90,7 +98,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OUT",
         type=Path,
         nargs="?",
-        help="file or folder to write (default: IN with '-denoised' added to its name)",
+        help="file or folder to write (default: IN with '-denoised' added to its name); as a "
+        "shell's *.jpg may put a photo here, --overwrite does not replace a file OUT other than IN",
+    )
+    sub.add_argument(
+        "-o",
+        "--output",
+        dest="named",
+        metavar="OUT",
+        type=Path,
+        help="the same, and with --overwrite it is replaced if it exists",
     )
     _add_model(sub)
     sub.add_argument(
@@ -105,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("target", metavar="DST", type=Path, help=".safetensors file to write")
     sub.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
 
-    sub = command("train", _train, "train a denoiser (needs PyTorch)")
+    sub = command("train", _train, "train a denoiser (needs PyTorch)", formatter_class=_TrainHelp)
     sub.add_argument("--data", type=Path, required=True, help="folder of clean images")
     sub.add_argument("--out", type=Path, required=True, help="folder for the results")
     # Options not given stay out of the namespace: training.train holds the defaults.
@@ -146,7 +163,32 @@ def _natural(text: str) -> int:
     return number
 
 
+class _TrainHelp(argparse.HelpFormatter):
+    """Adds the defaults of training.train, read only when help is asked for: it needs PyTorch."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        try:
+            from .training import loop
+        except ImportError:
+            return super().add_argument(action)
+        parameters = inspect.signature(loop.train).parameters
+        defaults = {name: parameter.default for name, parameter in parameters.items()}
+        defaults["steps"] = f"{loop._DEFAULT_STEPS} without --time-budget"
+        default = defaults.get(action.dest)
+        if default not in (None, False, inspect.Parameter.empty):
+            action.help = f"{action.help} (default: {default})"
+        super().add_argument(action)
+
+
 def _denoise(args: argparse.Namespace) -> int:
+    if args.output is not None and args.named is not None:
+        raise ValueError(f"two outputs: {args.output} and --output {args.named}")
+    files = args.output is not None and args.output.is_file() and args.input.is_file()
+    if args.overwrite and files and not args.output.samefile(args.input):
+        raise images.ImageError(
+            f"{args.output}: already exists; to replace it, name it with --output"
+        )
+    args.output = args.output or args.named
     jobs, existing = _jobs(args.input, args.output, args.overwrite)
     denoiser = Denoiser.from_pretrained(args.model, tile=args.tile, threads=args.threads)
     if args.input.is_dir() and jobs:
@@ -240,12 +282,19 @@ def _evaluate(args: argparse.Namespace) -> int:
             evaluation.evaluate(denoiser, args.data, args.sigma, args.protocol, progress=bar.show)
         )
     if args.json:
-        print(json.dumps(result, indent=2))
+        print(json.dumps(_finite(result), indent=2, allow_nan=False))
         return 0
     del result["per_image"]
     for key, value in result.items():
         print(f"{key:<10}  {value:.3f}" if isinstance(value, float) else f"{key:<10}  {value}")
     return 0
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for the numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -256,7 +305,9 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _fail(message: str, code: int = 1) -> int:
-    """Print one line to stderr and return the exit status."""
+    """Print the error being handled as one line to stderr and return the exit status."""
+    if os.environ.get("XUNIT_DEBUG", "0") != "0":
+        traceback.print_exc()
     print(f"xunit-rs: error: {' '.join(message.split())}", file=sys.stderr)
     return code
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from . import _torch  # noqa: F401
+
+# isort: split
+import contextlib
 import copy
+import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -63,7 +69,8 @@ def find_relus(model: nn.Module, example_inputs: Any) -> ReluTable:
     example_inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword
     arguments. A copy of the model, which shares its parameters, is run once in evaluation mode
     without gradients, hooks included: buffers, training flags and torch's random state stay as they
-    are.
+    are. A model with in-place ReLUs is copied and run again, to see whether it relies on what they
+    do to their input, as ``x + conv(relu_(x))`` does: those are not converted.
     Raises TypeError for what is no model or no inputs, ValueError if the model does not run.
     """
     return ReluTable(site for _, sites in _plan(model, example_inputs) for site in sites)
@@ -86,9 +93,12 @@ def replace_relu(
 
     reused: what becomes of a ReLU that one forward calls several times.
         "split"  each call has a unit of its own, told apart by the order of the calls, which must
-                 be that of the example run: a call too many is a RuntimeError. Such a model must
-                 not run in several threads at once, nor under activation checkpointing that
-                 recomputes some of the calls and not others.
+                 be that of the example run. The count starts anew with each forward of the module
+                 that makes the calls, in each thread; a call too many in it is a RuntimeError, and
+                 so is activation checkpointing that recomputes single calls. Where its forward is
+                 run without calling it (``model.features(x)``, ``torch.fx``), the count starts
+                 anew after as many calls as the example run made: a method that makes only some
+                 of them, or is interrupted, leaves the next such run at the wrong unit.
         "share"  one unit for all calls, if all have the same number of channels
         "skip"   it stays a ReLU
         "error"  ValueError
@@ -125,7 +135,9 @@ def replace_relu(
         _move_hooks(old, new)
         parent._modules[slot.attribute] = new
         if isinstance(new, _PerCall):
-            target.get_submodule(slot.scope).register_forward_pre_hook(new._restart)
+            scope = target.get_submodule(slot.scope)
+            scope.register_forward_pre_hook(new._enter)
+            scope.register_forward_hook(new._leave, always_call=True)
     left = sum(len(sites) for slot, sites in plan if slot is None)
     if left:
         import warnings
@@ -245,8 +257,8 @@ def _plan(model: nn.Module, example_inputs: Any) -> Iterator[tuple[_Slot | None,
     _check_model(model)
     args, kwargs = _arguments(example_inputs)
     # Parameters are shared, except those that a first forward would fill in.
-    memo = {id(p): p for p in model.parameters() if not is_lazy(p)}
-    probed = _deepcopy(model, memo).eval()
+    memo: dict[int, Any] = {id(p): p for p in model.parameters() if not is_lazy(p)}
+    probed = _deepcopy(model, dict(memo)).eval()
 
     slots: list[tuple[str, str, nn.Module, str]] = []
     units = {id(m) for u in probed.modules() if _is_unit(u) for m in u.modules()}
@@ -272,7 +284,15 @@ def _plan(model: nn.Module, example_inputs: Any) -> Iterator[tuple[_Slot | None,
     relus = {id(relu) for _, _, relu, _ in slots}
     if isinstance(probed, nn.ReLU):
         relus.add(id(probed))
-    probe = _run(probed, relus, args, kwargs)
+    inplace = [
+        (path, attribute)
+        for path, attribute, relu, reason in slots
+        if not reason and getattr(relu, "inplace", False)
+    ]
+    untouched = _deepcopy(probed, dict(memo)) if inplace else probed
+    probe = _Probe(probed, relus)
+    outputs = _run(probed, args, kwargs, probe)
+    used = _used_in_place(untouched, inplace, args, kwargs, outputs)
 
     if isinstance(probed, nn.ReLU):
         shapes = tuple(_shape(call.input) for call in probe.calls[id(probed)])
@@ -281,6 +301,8 @@ def _plan(model: nn.Module, example_inputs: Any) -> Iterator[tuple[_Slot | None,
     for path, attribute, relu, reason in slots:
         name = f"{path}.{attribute}".lstrip(".")
         calls = probe.calls[id(relu)]
+        if (path, attribute) in used:
+            reason = "its in-place effect is used"
         scope = _scope(calls, probe.names)
         options = tuple(_options(call.input, model) for call in calls)
         slot = _Slot(path, attribute, bool(getattr(relu, "inplace", False)), scope, options)
@@ -295,22 +317,74 @@ def _plan(model: nn.Module, example_inputs: Any) -> Iterator[tuple[_Slot | None,
 
 
 def _run(
-    probed: nn.Module, relus: set[int], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> _Probe:
+    probed: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    probe: contextlib.AbstractContextManager[Any],
+) -> Any:
     tensors = [*probed.parameters(), *probed.buffers(), *args, *kwargs.values()]
     devices = {t.device for t in tensors if isinstance(t, Tensor) and t.device.type == "cuda"}
-    probe = _Probe(probed, relus)
     # An in-place first layer must not change the caller's tensors.
     args, kwargs = _cloned(args), _cloned(kwargs)
     with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), probe:
         try:
-            probed(*args, **kwargs)
+            return probed(*args, **kwargs)
         except Exception as error:
             shapes = ", ".join(map(_describe, (*args, *kwargs.values())))
             raise ValueError(
                 f"{type(probed).__name__} does not run on example_inputs ({shapes}): {error}"
             ) from error
-    return probe
+
+
+def _used_in_place(
+    model: nn.Module,
+    sites: list[tuple[str, str]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    expected: Any,
+) -> set[tuple[str, str]]:
+    """Those of the in-place ReLUs whose input is read again after the call.
+
+    Each leaves NaN in its input, and is found by what becomes of the outputs: other values would
+    depend on the inputs, and relu changes nothing in an example of zeros.
+    """
+
+    def harmless(spoiled: list[tuple[str, str]]) -> bool:
+        twin = _deepcopy(model, {})  # with its own parameters, should one of them be the input
+        for path, attribute in spoiled:
+            relu: Any = twin.get_submodule(path)._modules[attribute]
+            relu.forward = _relu_and_spoil
+        try:
+            return _same(_run(twin, args, kwargs, contextlib.nullcontext()), expected)
+        except ValueError:  # ran before, and stumbles over NaN
+            return False
+
+    # Without any to compare with: a model whose every run is another.
+    if harmless(sites) or not harmless([]):
+        return set()
+    return {site for site in sites if not harmless([site])}
+
+
+def _relu_and_spoil(x: Tensor) -> Tensor:
+    out = torch.relu(x)
+    if x.is_floating_point():
+        x.fill_(torch.nan)
+    return out
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        try:
+            return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+        except RuntimeError:  # on the meta device: there is nothing to compare
+            return True
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return _same(list(a.values()), list(b.values()))
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
+        return _same(vars(a), vars(b))
+    return True
 
 
 def _site(name: str, x: _Seen | None, reason: str, call: int, calls: int) -> ReluSite:
@@ -402,28 +476,66 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 # ---------------------------------------------------------------- what takes its place
 
 
+class _Count(threading.local):
+    """Of the calls in one forward of a scope, in each thread, and whether one is running."""
+
+    calls = 0
+    inside = False
+
+    def __reduce__(self) -> Any:  # a copy counts for itself
+        return _Count, ()
+
+
 class _PerCall(nn.ModuleList):
     """Calls its first module, then its second, and so on, in each forward of a scope.
 
-    A hook ahead of the scope's forward starts it over: an interrupted forward does no harm.
+    Hooks at both ends of the scope's forward start it over: an interrupted forward does no harm.
     """
+
+    calls: int
+    inside: bool
 
     def __init__(self, modules: list[nn.Module]) -> None:
         super().__init__(modules)
-        self._next = 0
+        self._count = _Count()
+        self.calls, self.inside = 0, False
 
-    def _restart(self, *_: Any) -> None:
-        self._next = 0
+    def _state(self) -> Any:
+        # torch.compile traces one thread, and knows no thread-local attributes.
+        return self if torch.compiler.is_compiling() else self._count
+
+    def _enter(self, *_: Any) -> None:
+        state = self._state()
+        state.calls, state.inside = 0, True
+
+    def _leave(self, *_: Any) -> None:
+        state = self._state()
+        state.calls, state.inside = 0, False
 
     def forward(self, x: Tensor) -> Tensor:
-        call = self._next
-        if call >= len(self):
+        state = self._state()
+        if not state.inside and _in_backward():
             raise RuntimeError(
-                f"call {call + 1} of a ReLU that was called {len(self)} times in the example run"
+                f"activation checkpointing recomputes single calls of a ReLU that was called "
+                f"{len(self)} times in the example run: checkpoint what makes all of them"
             )
-        self._next = call + 1
-        out: Tensor = self[call](x)
+        if state.calls >= len(self):
+            if state.inside:
+                raise RuntimeError(
+                    f"call {state.calls + 1} of a ReLU that was called {len(self)} times in the "
+                    "example run"
+                )
+            state.calls = 0
+        unit = self[state.calls]
+        state.calls += 1
+        out: Tensor = unit(x)
         return out
+
+
+def _in_backward() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1
 
 
 def _filtered(site: ReluSite, filter_fn: Callable[[ReluSite], bool] | None) -> ReluSite:
@@ -527,8 +639,8 @@ def _faster_convolution(conv: Any) -> nn.Module | None:
         bias=conv.bias is not None,
         device="meta",
     )
-    new._parameters = conv._parameters
-    new.training = conv.training
+    # All it has, the user's own attributes, buffers and modules included.
+    new.__dict__.update(conv.__dict__, backend=new.backend)
     return new
 
 

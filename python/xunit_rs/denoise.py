@@ -116,8 +116,8 @@ class Denoiser:
         """Denoise an array, a PIL image or an image file; see the class. Arguments override it.
 
         Raises TypeError for a dtype or an object that is no image; ValueError for a shape that is
-        none, for NaN or infinity and for a float image on the 0-255 scale; ImageError (a
-        ValueError) for a file that cannot be read.
+        none, for NaN or infinity, in the image or in what a broken network makes of it, and for a
+        float image on the 0-255 scale; ImageError (a ValueError) for a file that cannot be read.
         """
         tile = self.tile if tile is None else _count("tile", tile)
         threads = self.threads if threads is None else _count("threads", threads)
@@ -137,6 +137,7 @@ class Denoiser:
         return f"Denoiser({architecture}, channels={self.network.channels})"
 
     def _denoise_pil(self, image: Image.Image, tile: int | None, threads: int) -> Image.Image:
+        exif = images.tiff_exif(image)
         loaded = images.load(image)
         mode, pixels = loaded.mode, np.asarray(loaded)
         if mode == "I":
@@ -153,6 +154,7 @@ class Denoiser:
         else:
             result = Image.fromarray(clean)
         result.info = {k: v for k, v in loaded.info.items() if k != "transparency"}
+        result.info.update(exif)
         return result
 
     def _denoise_array(
@@ -178,7 +180,10 @@ class Denoiser:
             source /= np.float32(scale)
         if tile is None:
             tile = _AUTO_TILE if image.shape[0] * image.shape[1] > _WHOLE_IMAGE_PIXELS else 0
-        clean = self._run(source, tile, threads)
+        with np.errstate(invalid="ignore", over="ignore"):
+            clean = self._run(source, tile, threads)
+        if not np.isfinite(clean).all():
+            raise ValueError(f"{self!r} gives values that are not finite: are its weights sound?")
         if scale is not None:
             clean = np.rint(np.clip(clean, 0.0, 1.0) * scale)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,10 @@ def evaluate(
 ) -> Evaluation:
     """Denoise every image of a folder with white Gaussian noise of `sigma` (0-255 scale) on it.
 
-    model: a Denoiser, a torch module (evaluation mode is up to the caller) or any function of a
-        noisy image, float32 HxW or HxWxC on the scale [0, 1] but not clipped to it.
+    model: a Denoiser, a torch module or any function of a noisy image, float32 HxW or HxWxC on the
+        scale [0, 1] but not clipped to it. A module runs in evaluation mode, and is given its
+        image on the device and in the dtype of its first parameter; its training flags are put
+        back.
     protocol: "kair", as in the KAIR toolbox: noise of numpy's legacy generator, seeded with 0 for
         every image; the result clipped and rounded to 8 bits. "official2018", as in the xUnit code
         of 2018: noise of torch, seeded with 0 for every image; result clipped, not rounded.
@@ -71,20 +74,20 @@ def evaluate(
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {protocol!r}")
     if not (math.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"sigma must be a finite number of at least 0, not {sigma!r}")
-    denoise, channels = _as_function(model)
     paths = _images(folder)
 
     scores, noisy_scores = {}, []
-    for number, path in enumerate(paths, 1):
-        clean = _read(path, channels)
-        noisy = clean + _noise(clean.shape, sigma, protocol)
-        result = np.clip(denoise(noisy), 0, 1)
-        if protocol == "kair":
-            result = np.rint(result * 255) / 255
-        scores[path.name] = psnr(result, clean)
-        noisy_scores.append(psnr(noisy, clean))
-        if progress is not None:
-            progress(number, len(paths))
+    with _as_function(model) as (denoise, channels):
+        for number, path in enumerate(paths, 1):
+            clean = _read(path, channels)
+            noisy = clean + _noise(clean.shape, sigma, protocol)
+            result = np.clip(denoise(noisy), 0, 1)
+            if protocol == "kair":
+                result = np.rint(result * 255) / 255
+            scores[path.name] = psnr(result, clean)
+            noisy_scores.append(psnr(noisy, clean))
+            if progress is not None:
+                progress(number, len(paths))
     return Evaluation(
         psnr=math.fsum(scores.values()) / len(scores),
         noisy_psnr=math.fsum(noisy_scores) / len(scores),
@@ -109,7 +112,8 @@ def _read(path: Path, channels: int) -> Plane:
     image = images.read(path)
     if image.mode not in ("L", "LA", "RGB", "RGBA"):
         raise ValueError(f"{path}: mode {image.mode}, expected an image of 8 bits a channel")
-    return np.asarray(image.convert("L" if channels == 1 else "RGB"), np.float32) / 255
+    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), np.float32)
+    return pixels / np.float32(255)
 
 
 def _noise(shape: tuple[int, ...], sigma: float, protocol: str) -> Plane:
@@ -129,20 +133,30 @@ def _noise(shape: tuple[int, ...], sigma: float, protocol: str) -> Plane:
     return noise[0] if len(shape) == 2 else noise.transpose(1, 2, 0)
 
 
-def _as_function(model: Any) -> tuple[Callable[[Plane], Any], int]:
+@contextlib.contextmanager
+def _as_function(model: Any) -> Iterator[tuple[Callable[[Plane], Any], int]]:
     """A function of one noisy image, and the channels it wants."""
     if hasattr(model, "network"):  # a Denoiser
-        return model, model.network.channels
-    if hasattr(model, "state_dict"):
+        yield model, model.network.channels
+    elif hasattr(model, "state_dict"):
         import torch
 
         def run(noisy: Plane) -> Any:
             planes = noisy[None] if noisy.ndim == 2 else noisy.transpose(2, 0, 1)
+            x = torch.from_numpy(np.ascontiguousarray(planes))[None]
+            p = next((p for p in model.parameters() if p.is_floating_point()), x)
             with torch.no_grad():
-                out = model(torch.from_numpy(np.ascontiguousarray(planes))[None])[0].numpy()
+                out = model(x.to(p.device, p.dtype))[0].float().cpu().numpy()
             return out[0] if noisy.ndim == 2 else out.transpose(1, 2, 0)
 
-        return run, getattr(model, "channels", 1)
-    if callable(model):
-        return model, getattr(model, "channels", 1)
-    raise TypeError(f"model must be a Denoiser, a torch module or a function, not {model!r}")
+        flags = {module: module.training for module in model.modules()}
+        try:
+            model.eval()
+            yield run, getattr(model, "channels", 1)
+        finally:
+            for module, training in flags.items():
+                module.training = training
+    elif callable(model):
+        yield model, getattr(model, "channels", 1)
+    else:
+        raise TypeError(f"model must be a Denoiser, a torch module or a function, not {model!r}")

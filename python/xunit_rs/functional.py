@@ -7,6 +7,11 @@ apply and says why. All are differentiable to any order.
 
 from __future__ import annotations
 
+from . import _torch  # noqa: F401
+
+# isort: split
+import operator
+
 from torch import Tensor
 
 from . import _autograd, reference
@@ -69,7 +74,14 @@ def depthwise_conv2d(
         pads,
         dilations,
         backend,
-        lambda: reference.depthwise_conv2d(x, weight, bias, stride, padding, dilation),
+        lambda: reference.depthwise_conv2d(
+            x,
+            weight,
+            bias,
+            strides,
+            padding if isinstance(padding, str) else (pads[0], pads[2]),
+            dilations,
+        ),
     )
 
 
@@ -207,8 +219,13 @@ def _check_vector(name: str, value: Tensor | None, channels: int) -> None:
 
 
 def _pair(name: str, value: int | tuple[int, int], least: int = 1) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+    try:
+        pair = tuple(
+            map(operator.index, value if isinstance(value, (tuple, list)) else [value] * 2)
+        )
+    except TypeError:
+        raise TypeError(f"{name} must be an int or a pair of ints, not {value!r}") from None
+    if len(pair) != 2 or min(pair) < least:
         raise ValueError(f"{name} must be an int or a pair of ints, at least {least}: {value!r}")
     return pair[0], pair[1]
 

@@ -1,25 +1,36 @@
-"""Reading and writing image files without losing alpha, 16-bit grey, EXIF, ICC profile or DPI."""
+"""Reading and writing image files without losing alpha, 16-bit grey, EXIF, XMP, ICC profile, …"""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
-import shutil
 import stat
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
-__all__ = ["MODES", "ImageError", "check_target", "is_image_name", "load", "read", "write"]
+from ._files import replacing
+
+__all__ = [
+    "MODES",
+    "ImageError",
+    "check_target",
+    "is_image_name",
+    "load",
+    "read",
+    "tiff_exif",
+    "write",
+]
 
 # Modes whose pixels are samples of light (and alpha): those a denoiser can work on.
 MODES = frozenset({"L", "LA", "RGB", "RGBA", "I;16", "I;16B", "I", "F"})
 
-# Suffixes a folder is searched for, and whose format stores what was denoised. GIF is absent from
-# the second set: its palette would quantise the result.
+# Suffixes a folder is searched for, and those that are written: of formats that store what was
+# denoised. GIF's palette would quantise it, and Pillow's JPEG 2000, AVIF, ICO and PDF lose pixels
+# or metadata.
 TRUE_COLOUR_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm", ".pgm", ".pnm"}
 )
@@ -29,7 +40,7 @@ _CARRIED = ("exif", "icc_profile", "dpi")
 _FORMAT_MODES = {
     "JPEG": frozenset({"L", "RGB"}),
     "WEBP": frozenset({"L", "LA", "RGB", "RGBA"}),
-    "BMP": frozenset({"L", "RGB", "RGBA"}),
+    "BMP": frozenset({"L", "RGB"}),  # Pillow writes an alpha channel that readers take for none
     "PNG": frozenset({"L", "LA", "RGB", "RGBA", "I;16", "I;16B", "I"}),
     "PPM": frozenset({"L", "RGB", "I;16", "I", "F"}),
 }
@@ -38,6 +49,28 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"quality": 95},
 }
+
+# Compressions of a file that was read which lose, or take bilevel images only.
+_TIFF_UNFIT = ("jpeg", "tiff_jpeg", "webp", "tiff_ccitt", "group3", "group4", "tiff_raw_16")
+
+_XMP_TAG, _XMP_TEXT = 700, "XML:com.adobe.xmp"
+_JPEG_SEGMENT = 65_000  # bytes: what one holds, less its header
+# Tags that say how a TIFF file stores its pixels; the new file has its own. XMP and the ICC profile
+# go other ways, and the orientation (274) of TIFF, unlike others, Pillow applies to the pixels.
+_TIFF_STRUCTURE = frozenset(
+    {
+        *range(254, 270),
+        273,
+        274,
+        *range(277, 282),
+        284,
+        *range(288, 294),
+        297,
+        317,
+        *range(320, 326),
+    }
+    | {*range(330, 343), 347, *range(512, 522), *range(529, 533), _XMP_TAG, 34675}
+)
 
 
 class ImageError(ValueError):
@@ -78,10 +111,12 @@ def load(image: Image.Image, name: str = "image") -> Image.Image:
 
 
 def read(path: str | os.PathLike[str]) -> Image.Image:
-    """Read an image file into memory, in one of `MODES`, with its EXIF, ICC profile and DPI.
+    """Read an image file into memory, in one of `MODES`, with its metadata in `info`.
 
-    Pixels stay as stored: an EXIF orientation is kept as metadata, not applied. Warns when Pillow
-    cannot deliver everything: 16-bit colour comes as 8-bit, and only the first frame is read.
+    Pixels stay as stored: an EXIF orientation is kept as metadata, not applied (but that of TIFF is
+    applied, and not kept). Warns when Pillow
+    cannot deliver everything: 16-bit colour, and 16-bit grey with alpha, come as 8-bit, and only
+    the first frame is read.
 
     Raises ImageError (not an image, truncated, a directory, too large, unreadable) and
     FileNotFoundError.
@@ -105,12 +140,52 @@ def read(path: str | os.PathLike[str]) -> Image.Image:
         frames = getattr(opened, "n_frames", 1)
         if frames > 1:
             warnings.warn(f"{name}: only the first of its {frames} frames is read", stacklevel=2)
-        deep = any(";16" in str(tile[3]) for tile in opened.tile)
-        if deep and not opened.mode.startswith("I"):
-            warnings.warn(f"{name}: 16-bit colour is read as 8-bit", stacklevel=2)
+        layouts = [str(tile[3]) for tile in opened.tile]
+        grey = any("LA;16" in layout for layout in layouts)  # which Pillow turns into RGBA
+        if any(";16" in layout for layout in layouts) and not opened.mode.startswith("I"):
+            kind = "grey with alpha" if grey else "colour"
+            warnings.warn(f"{name}: 16-bit {kind} is read as 8-bit", stacklevel=2)
+        more: dict[str, Any] = tiff_exif(opened, name)
+        if opened.format == "WEBP" and _is_lossless_webp(name):
+            more["lossless"] = True
         image = load(opened, name)
+        info = image.info | more
+        if grey:
+            image = Image.merge("LA", (image.getchannel(0), image.getchannel(3)))
         # A copy has no file behind it, so it outlives `with`.
-        return image.copy() if image is opened else image
+        image = image.copy() if image is opened else image
+        image.info = info
+        return image
+
+
+def tiff_exif(image: Image.Image, name: str = "image") -> dict[str, Any]:
+    """The EXIF data of a TIFF file as an entry of `info`, where Pillow has those of other formats.
+
+    To be called before the pixels are loaded, which may close the file.
+    """
+    if image.format != "TIFF" or "exif" in image.info:
+        return {}
+    try:
+        exif = Image.Exif()
+        exif.load(image.getexif().tobytes())
+        for tag in _TIFF_STRUCTURE & set(exif):
+            del exif[tag]
+        return {"exif": exif.tobytes()} if len(exif) else {}
+    except Exception as error:  # as in `load`
+        reason = _reason(error)
+        warnings.warn(f"{name}: its EXIF data are left out ({reason})", stacklevel=3)
+        return {}
+
+
+def _is_lossless_webp(name: str) -> bool:
+    with open(name, "rb") as file:
+        file.seek(12)
+        while len(head := file.read(8)) == 8:
+            kind, size = head[:4], int.from_bytes(head[4:], "little")
+            if kind in (b"VP8 ", b"VP8L"):
+                return kind == b"VP8L"
+            file.seek(16 if kind == b"ANMF" else size + size % 2, os.SEEK_CUR)
+    return False
 
 
 def check_target(
@@ -124,11 +199,13 @@ def check_target(
     name = os.fspath(path)
     suffix = Path(name).suffix.lower()
     file_format = Image.registered_extensions().get(suffix)
-    if file_format is None or file_format not in Image.SAVE:
+    supported = suffix in TRUE_COLOUR_SUFFIXES and file_format in Image.SAVE
+    if file_format is None or not supported:
         raise ImageError(f"{name}: cannot write images with suffix {suffix!r}; try .png")
     allowed = _FORMAT_MODES.get(file_format)
     if mode is not None and allowed is not None and mode not in allowed:
-        raise ImageError(f"{name}: {file_format} cannot store mode {mode}; try .png or .tif")
+        other = ".png or .tif" if mode in _FORMAT_MODES["PNG"] else ".tif"
+        raise ImageError(f"{name}: {file_format} cannot store mode {mode}; try {other}")
     target = os.path.realpath(name)
     folder = os.path.dirname(target)
     if not os.path.isdir(folder):
@@ -149,37 +226,69 @@ def check_target(
 
 
 def write(image: Image.Image, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Write an image, with the EXIF, ICC profile and DPI in `image.info`, in one atomic step.
+    """Write an image, with the metadata in `image.info`, in one atomic step.
+
+    EXIF, XMP, ICC profile and DPI, the text of PNG and the comment of JPEG are written where the
+    format has a place for them.
 
     The file appears under its name only when complete: it is written under a temporary name in
     the same folder, then renamed. The suffix chooses the format; JPEG is written at quality 95
-    without chroma subsampling.
+    without chroma subsampling; WebP without loss if it was read from such a file. An image of mode
+    I becomes a PNG file of 16 bits.
 
     Raises ImageError; see `check_target`.
     """
     name = os.fspath(path)
     file_format = check_target(name, image.mode, overwrite=overwrite)
     target = os.path.realpath(name)  # a symbolic link stays one: its target is replaced
-    options = dict(_SAVE_OPTIONS.get(file_format, {}))
-    options.update({key: image.info[key] for key in _CARRIED if image.info.get(key)})
-    temporary = os.path.join(os.path.dirname(target), f".xunit-rs-{secrets.token_hex(8)}.tmp")
+    options = _options(image.info, file_format, name)
+    if image.mode == "I" and file_format == "PNG":
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            span = f"{pixels.min()}..{pixels.max()}"
+            raise ImageError(f"{name}: PNG cannot store values {span}; try .tif")
+        image = Image.fromarray(pixels.astype(np.uint16))
     try:
-        with open(temporary, "xb") as file:
-            image.save(file, format=file_format, **options)
-            file.flush()
-            os.fsync(file.fileno())
-        if os.path.exists(target):
-            if not overwrite:  # it appeared meanwhile
+        with replacing(Path(target)) as temporary:
+            with open(temporary, "wb") as file:
+                image.save(file, format=file_format, **options)
+            if not overwrite and os.path.exists(target):  # it appeared meanwhile
                 raise ImageError(f"{name}: already exists; it is replaced only with overwrite")
-            shutil.copymode(target, temporary)
-        os.replace(temporary, target)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # encoders raise OSError, ValueError, KeyError, struct.error, ...
         raise ImageError(f"{name}: cannot be written ({_reason(error)})") from error
-    finally:
-        with contextlib.suppress(OSError):  # gone already, unless something failed
-            os.unlink(temporary)
+
+
+def _options(info: dict[Any, Any], file_format: str, name: str) -> dict[str, Any]:
+    """Arguments of Pillow's `save`: quality, and the metadata."""
+    options = dict(_SAVE_OPTIONS.get(file_format, {}))
+    if file_format == "WEBP" and info.get("lossless"):
+        options = {"lossless": True}
+    if file_format == "TIFF" and info.get("compression") in _TIFF_UNFIT:
+        options["compression"] = "tiff_lzw"
+    options |= {key: info[key] for key in _CARRIED if info.get(key)}
+    if "exif" in options:  # WebP's lacks the prefix, and JPEG needs it
+        options["exif"] = b"Exif\0\0" + options["exif"].removeprefix(b"Exif\0\0")
+    xmp = info.get("xmp") or info.get(_XMP_TEXT)
+    xmp = xmp.encode() if isinstance(xmp, str) else xmp
+    if file_format == "PNG":
+        options["pnginfo"] = text = PngInfo()
+        for key, value in info.items():
+            if isinstance(value, str) and key != "compression":  # which is TIFF's
+                text.add_text(key, value)
+        if xmp and _XMP_TEXT not in info:
+            text.add_itxt(_XMP_TEXT, xmp.decode("utf-8", "replace"))
+    elif xmp and file_format == "TIFF":
+        exif = Image.Exif()
+        exif.load(options.get("exif", b""))
+        exif[_XMP_TAG] = xmp
+        options["exif"] = exif
+    elif xmp and file_format == "JPEG" and len(xmp) > _JPEG_SEGMENT:
+        warnings.warn(f"{name}: XMP of {len(xmp)} bytes is too long for JPEG", stacklevel=3)
+    elif xmp and file_format in ("JPEG", "WEBP"):
+        options["xmp"] = xmp
+    return options
 
 
 def _reason(error: Exception) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from . import _torch  # noqa: F401
+
+# isort: split
+import operator
 from typing import Any, ClassVar
 
 import torch
@@ -43,13 +47,15 @@ class DepthwiseConv2d(nn.Conv2d):
         dtype: torch.dtype | None = None,
     ) -> None:
         _autograd.check_backend(backend)
+        channels = _integer("channels", channels)
+        pair = functional._pair
         super().__init__(
             channels,
             channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
+            pair("kernel_size", kernel_size),
+            pair("stride", stride),
+            padding if isinstance(padding, str) else pair("padding", padding, least=0),
+            pair("dilation", dilation),
             groups=channels,
             bias=bias,
             padding_mode=padding_mode,  # type: ignore[arg-type]
@@ -68,6 +74,9 @@ class DepthwiseConv2d(nn.Conv2d):
     def _dispatch(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor) or self.padding_mode != "zeros":
             _autograd.refuse(self.backend, f"input {type(x).__name__}, {self.padding_mode} padding")
+            return self._conv_forward(x, self.weight, self.bias)
+        if not x.is_floating_point():
+            _autograd.refuse(self.backend, f"the input is {x.dtype}")
             return self._conv_forward(x, self.weight, self.bias)
         return functional.depthwise_conv2d(
             x,
@@ -99,6 +108,8 @@ class _Base(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        num_features = _integer("num_features", num_features)
+        kernel_size = _integer("kernel_size", kernel_size)
         if num_features < 1:
             raise ValueError(f"num_features must be at least 1, not {num_features!r}")
         if kernel_size < 1 or kernel_size % 2 == 0:
@@ -285,6 +296,13 @@ class xUnitD(_Base):
 
     _variant = "dense"
     _slots = ("pw", "bn1", "relu", "dw", "bn2", "gate")
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {value!r}") from None
 
 
 def _untouched(module: Any, kind: type[nn.Module]) -> bool:

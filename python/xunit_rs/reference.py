@@ -6,6 +6,9 @@ transform. Tests compare the Rust path with these.
 
 from __future__ import annotations
 
+from . import _torch  # noqa: F401
+
+# isort: split
 from typing import NamedTuple
 
 import torch

@@ -121,7 +121,13 @@ class XDnCNN(nn.Module):
         return model.eval()
 
     def save(self, path: str | os.PathLike[str], **metadata: Any) -> None:
-        """Write weights and `metadata` (as strings) to a .safetensors file, whole or not at all."""
+        """Write weights and `metadata` (as strings) to a .safetensors file, whole or not at all.
+
+        Raises ValueError for a BatchNorm of another eps than 1e-5: the file has no place for it.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.BatchNorm2d) and module.eps != 1e-5:
+                raise ValueError(f"{name}: eps is {module.eps!r}; the file can only mean 1e-5")
         config = {
             "version": self.version,
             "channels": self.channels,

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import replacing
+from .._files import replacing
 from ..evaluation import evaluate
 from ..models import XDnCNN
 from .data import Patches, read_folder
@@ -75,9 +76,10 @@ def train(
     time_budget: seconds of training, counted over all resumed parts.
     sigma: noise standard deviation, 0-255 scale. patch_size: in pixels.
     resume: go on from ``last.pt``, under the same arguments, though `steps` and `time_budget` may
-        be others; with the same `steps` alone the result is bit for bit that of an uninterrupted
-        run.
-    init: checkpoint whose weights to start from. threads: default, torch's own setting.
+        be others, and are those of before if neither is given; with the same `steps` alone the
+        result is bit for bit that of an uninterrupted run.
+    init: checkpoint whose weights to start from, not read to resume. threads: default, torch's own
+        setting.
     precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 on a CPU with AMX tiles.
     ema_decay: of the moving average; it starts lower. checkpoint_every: seconds.
 
@@ -100,7 +102,7 @@ def train(
         raise ValueError(f"sigma must be a finite number, 0 or more, got {sigma!r}")
     if not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay!r}")
-    if steps is None and time_budget is None:
+    if steps is None and time_budget is None and not resume:
         steps = _DEFAULT_STEPS
 
     out = _output_folder(Path(out), resume)
@@ -116,7 +118,6 @@ def train(
         "lr": float(lr),
         "seed": seed,
         "time_budget": time_budget,
-        "init": None if init is None else str(init),
         "precision": _precision(precision),
         "channels": channels,
         "features": features,
@@ -126,7 +127,7 @@ def train(
     }
     with _threads(threads), _seeded(seed):
         model = XDnCNN(version, channels, features, depth)
-        if init is not None:
+        if init is not None and not resume:
             _start_from(model, init)
         run = _Run(model, config, patches, out)
         if resume:
@@ -158,15 +159,11 @@ class _Run:
         )
 
     def loop(self, val: Path | None, checkpoint_every: float) -> None:
-        log_path = self.out / "log.jsonl"
+        log = _Log(self.out / "log.jsonl")
         before = self.elapsed
         start = last_save = time.monotonic()
         loss_sum, loss_count = 0.0, 0
-        with (
-            _Signals() as signals,
-            _Progress(self) as bar,
-            open(log_path, "a", encoding="utf-8") as log,
-        ):
+        with _Signals() as signals, _Progress(self) as bar:
             while self.progress < 1:
                 done = int(self.progress * _VALIDATIONS)
                 rate = self._learning_rate()
@@ -176,11 +173,11 @@ class _Run:
                 if val is not None and int(self.progress * _VALIDATIONS) > done:
                     self.psnr = evaluate(self.average, val, self.config["sigma"]).psnr
                     self.elapsed = before + time.monotonic() - start
-                    _write_line(log, step=self.step, elapsed=self.elapsed, psnr=self.psnr)
+                    log.write(step=self.step, elapsed=self.elapsed, psnr=self.psnr)
                 finished = self.progress >= 1
                 if finished or self.step % _LOG_EVERY == 0:
                     loss = loss_sum / loss_count
-                    _write_line(log, step=self.step, elapsed=self.elapsed, loss=loss, lr=rate)
+                    log.write(step=self.step, elapsed=self.elapsed, loss=loss, lr=rate)
                     bar.loss = loss
                     loss_sum, loss_count = 0.0, 0
                 bar.show()
@@ -258,6 +255,7 @@ class _Run:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             config = state["config"]
+            length = {name: config[name] for name in ("steps", "time_budget")}
         except Exception as error:  # a damaged file: zip, pickle, key errors and more
             raise TrainingError(f"{path}: not a checkpoint of a training run: {error}") from error
         for name, value in self.config.items():
@@ -265,6 +263,8 @@ class _Run:
                 raise TrainingError(
                     f"{path}: was trained with {name} = {config.get(name)!r}, not {value!r}"
                 )
+        if self.config["steps"] is None and self.config["time_budget"] is None:
+            self.config |= length
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -336,6 +336,23 @@ class _Progress:
     def clear(self) -> None:
         if self.live:
             print("\r\x1b[K", end="", file=self.stream, flush=True)
+
+
+class _Log:
+    """Lines of JSON in a file, as far as the disk takes them: training goes on without."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.warned = False
+
+    def write(self, **values: Any) -> None:
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            if not self.warned:
+                warnings.warn(f"{self.path}: lines are missing: {error.strerror}", stacklevel=2)
+            self.warned = True
 
 
 class _Signals:
@@ -437,11 +454,6 @@ def _positive(**values: Any) -> None:
     for name, value in values.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
-
-
-def _write_line(log: TextIO, **values: Any) -> None:
-    log.write(json.dumps(values) + "\n")
-    log.flush()
 
 
 def _truncate_log(path: Path, step: int) -> None:
