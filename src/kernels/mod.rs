@@ -6,6 +6,7 @@
 pub mod activation;
 pub mod conv;
 pub mod general;
+pub mod peak;
 
 /// The most lanes that any vector has.
 pub const MAX_LANES: usize = 16;

@@ -2,6 +2,7 @@
 
 mod depthwise;
 mod network;
+mod peak;
 mod xunit;
 
 use std::collections::BTreeMap;
@@ -23,6 +24,8 @@ mod _core {
     use super::depthwise::{depthwise_conv2d, depthwise_conv2d_backward};
     #[pymodule_export]
     use super::network::Network;
+    #[pymodule_export]
+    use super::peak::{fma_peak, memory_bandwidth};
     #[pymodule_export]
     use super::xunit::{xunit_backward, xunit_forward};
     #[pymodule_export]
