@@ -75,7 +75,6 @@ class Settings(NamedTuple):
     seconds: float
     repeats: int | None
     pause: float
-    tiny: bool
 
 
 # ---------------------------------------------------------------- the machine
@@ -495,7 +494,7 @@ def main() -> int:
     arguments = parse()
     tiny = arguments.tiny
     repeats = 2 if tiny and arguments.repeats is None else arguments.repeats
-    settings = Settings(0.05 if tiny else arguments.seconds, repeats, 0.0 if tiny else PAUSE, tiny)
+    settings = Settings(0.05 if tiny else arguments.seconds, repeats, 0.0 if tiny else PAUSE)
     counts = arguments.threads or ([1] if tiny else [1, 2])
     chosen = plan(arguments)
     if max(counts) > (os.cpu_count() or 1):

@@ -1,8 +1,12 @@
 //! Times of the operations on one thread: `cargo bench`.
 
 use divan::{Bencher, counter::ItemsCount};
-use xunit_rs::ops;
+use xunit_rs::kernels::activation::Gate;
+use xunit_rs::ops::{self, Norm, Pointwise, Variant, XUnit};
 use xunit_rs::shape::{Batch, Conv, Geometry};
+
+const BATCH: Batch = Batch { n: 4, c: 16, h: 64, w: 64 };
+const SIZES: [usize; 5] = [3, 5, 7, 9, 11];
 
 fn main() {
     divan::main();
@@ -19,7 +23,7 @@ fn noise(len: usize) -> Vec<f32> {
 }
 
 fn geometry(k: usize) -> Geometry {
-    Geometry::new(Batch { n: 4, c: 16, h: 64, w: 64 }, Conv::same(k).unwrap()).unwrap()
+    Geometry::new(BATCH, Conv::same(k).unwrap()).unwrap()
 }
 
 /// Items are multiply-adds.
@@ -27,22 +31,137 @@ fn flops(geometry: &Geometry) -> ItemsCount {
     ItemsCount::new(geometry.output().size() * geometry.conv.kh * geometry.conv.kw)
 }
 
-#[divan::bench(args = [3, 5, 7, 9, 11])]
+#[divan::bench(args = SIZES)]
 fn depthwise_forward(bencher: Bencher, k: usize) {
     let geometry = geometry(k);
-    let (x, weight) = (noise(geometry.input.size()), noise(16 * k * k));
+    let (x, weight) = (noise(geometry.input.size()), noise(BATCH.c * k * k));
     bencher
         .counter(flops(&geometry))
         .bench(|| ops::depthwise_forward(&geometry, &x, &weight, None, 1).unwrap());
 }
 
-#[divan::bench(args = [3, 5, 7, 9, 11])]
-fn depthwise_weight_gradient(bencher: Bencher, k: usize) {
+fn depthwise_gradient(bencher: Bencher, k: usize, needs: [bool; 3]) {
     let geometry = geometry(k);
-    let (x, weight) = (noise(geometry.input.size()), noise(16 * k * k));
+    let (x, weight) = (noise(geometry.input.size()), noise(BATCH.c * k * k));
     let grad = noise(geometry.output().size());
-    bencher.counter(flops(&geometry)).bench(|| {
-        let needs = [false, true, false];
-        ops::depthwise_backward(&geometry, &grad, &x, &weight, needs, 1).unwrap()
+    bencher
+        .counter(flops(&geometry))
+        .bench(|| ops::depthwise_backward(&geometry, &grad, &x, &weight, needs, 1).unwrap());
+}
+
+#[divan::bench(args = SIZES)]
+fn depthwise_input_gradient(bencher: Bencher, k: usize) {
+    depthwise_gradient(bencher, k, [true, false, false]);
+}
+
+#[divan::bench(args = SIZES)]
+fn depthwise_weight_gradient(bencher: Bencher, k: usize) {
+    depthwise_gradient(bencher, k, [false, true, false]);
+}
+
+/// The parameters of a unit with batch norms.
+struct Parameters {
+    variant: Variant,
+    k: usize,
+    weight: Vec<f32>,
+    pointwise: Vec<f32>,
+    ones: Vec<f32>,
+    zeros: Vec<f32>,
+}
+
+impl Parameters {
+    fn new(variant: Variant, k: usize) -> Self {
+        let c = BATCH.c;
+        Self {
+            variant,
+            k,
+            weight: noise(c * k * k),
+            pointwise: noise(c * c),
+            ones: vec![1.0; c],
+            zeros: vec![0.0; c],
+        }
+    }
+
+    /// With `training`, forward takes the statistics of the batch; `given` is for the rest.
+    fn unit(&self, given: bool, training: bool) -> XUnit<'_, f32> {
+        let norm = Norm {
+            weight: &self.ones,
+            bias: &self.zeros,
+            stats: given.then_some((&self.zeros[..], &self.ones[..])),
+            eps: 1e-5,
+            training,
+        };
+        XUnit {
+            variant: self.variant,
+            gate: Gate::Sigmoid,
+            kernel: self.k,
+            pointwise: (self.variant == Variant::Dense)
+                .then_some(Pointwise { weight: &self.pointwise, bias: Some(&self.zeros) }),
+            weight: &self.weight,
+            bias: Some(&self.zeros),
+            norm1: (self.variant != Variant::Slim).then_some(norm),
+            norm2: Some(norm),
+        }
+    }
+}
+
+fn unit_evaluation(bencher: Bencher, variant: Variant, k: usize) {
+    let (parameters, x) = (Parameters::new(variant, k), noise(BATCH.size()));
+    let unit = parameters.unit(true, false);
+    bencher
+        .counter(flops(&geometry(k)))
+        .bench(|| ops::xunit_forward(&unit, BATCH, &x, false, 1).unwrap());
+}
+
+fn unit_forward(bencher: Bencher, variant: Variant, k: usize) {
+    let (parameters, x) = (Parameters::new(variant, k), noise(BATCH.size()));
+    let unit = parameters.unit(false, true);
+    bencher
+        .counter(flops(&geometry(k)))
+        .bench(|| ops::xunit_forward(&unit, BATCH, &x, true, 1).unwrap());
+}
+
+fn unit_backward(bencher: Bencher, variant: Variant, k: usize) {
+    let (parameters, x) = (Parameters::new(variant, k), noise(BATCH.size()));
+    let unit = parameters.unit(true, true);
+    let forward = ops::xunit_forward(&unit, BATCH, &x, true, 1).unwrap();
+    let (d, grad) = (forward.d.unwrap(), noise(BATCH.size()));
+    bencher.counter(flops(&geometry(k))).bench(|| {
+        ops::xunit_backward(&unit, BATCH, &grad, &x, &d, forward.p.as_deref(), 1).unwrap()
     });
+}
+
+macro_rules! units {
+    ($($name:ident: $variant:ident),*) => {$(
+        mod $name {
+            use super::*;
+
+            #[divan::bench(args = SIZES)]
+            fn evaluation(bencher: Bencher, k: usize) {
+                unit_evaluation(bencher, Variant::$variant, k);
+            }
+
+            /// Training.
+            #[divan::bench(args = SIZES)]
+            fn forward(bencher: Bencher, k: usize) {
+                unit_forward(bencher, Variant::$variant, k);
+            }
+
+            #[divan::bench(args = SIZES)]
+            fn backward(bencher: Bencher, k: usize) {
+                unit_backward(bencher, Variant::$variant, k);
+            }
+        }
+    )*};
+}
+
+units!(xunit: Full, xunit_s: Slim, xunit_d: Dense);
+
+/// The FMA peak that the others are measured by; items are multiply-adds.
+#[divan::bench]
+fn fma_peak(bencher: Bencher) {
+    use xunit_rs::kernels::peak::MultiplyAdd;
+    use xunit_rs::simd;
+    let run = || simd::dispatch::<f32, _>(MultiplyAdd { rounds: 1000 });
+    bencher.counter(ItemsCount::new(run().0 / 2)).bench(run);
 }

@@ -5,7 +5,7 @@
 
 A panel for each operation and number of threads; in it, over the arithmetic intensity (operations
 per byte that must pass between cache and memory), the share of the FMA peak that ours reaches
-(filled) and that the best of PyTorch reaches (hollow), joined by a line. The slanted roof is what
+(a dot) and that the best of PyTorch reaches (a ring), joined by a line. The slanted roof is what
 the memory's bandwidth allows, that of a copy; data that stays in a cache may lie above it. Symbols
 of one kernel size have the same intensity and stand side by side to be told apart. Of the units,
 those with BN are drawn. Needs matplotlib: pip install '.[dev]'.
@@ -83,8 +83,9 @@ def draw(
             ours = share(row, row["ours_ms"], limits)
             peer = share(row, row["peers_ms"][row["best_peer"]], limits)
             axes.plot([x, x], [peer, ours], color=colour, linewidth=1, alpha=0.55, zorder=3)
-            axes.plot(x, peer, marker, color=colour, markerfacecolor="white", ms=4.5, zorder=4)
-            axes.plot(x, ours, marker, color=colour, ms=5.5, zorder=5)
+            # The ring is larger than the dot, so that it shows where the two are the same.
+            axes.plot(x, ours, marker, color=colour, ms=4.5, mew=0, zorder=4)
+            axes.plot(x, peer, marker, color=colour, mfc="none", ms=6.5, mew=1.1, zorder=5)
 
 
 def name_of(row: Row) -> str:
@@ -164,8 +165,8 @@ def legend(shapes: list[str], operations: list[str], contender: str) -> list[Lin
         for i, shape in enumerate(shapes)
     ]
     handles += [
-        Line2D([], [], color=grey, marker="o", ls="", label=contender),
-        Line2D([], [], color=grey, marker="o", ls="", mfc="white", label="best of PyTorch"),
+        Line2D([], [], color=grey, marker="o", ls="", ms=4.5, label=contender),
+        Line2D([], [], color=grey, marker="o", ls="", mfc="none", ms=6.5, label="best of PyTorch"),
         Line2D([], [], color="#333333", linewidth=1.4, label="roof: memory, FMA"),
     ]
     units = [u for u in ("xUnit", "xUnitS", "xUnitD") if any(o.split()[0] == u for o in operations)]

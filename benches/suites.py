@@ -199,15 +199,16 @@ def depthwise(shape: Shape, k: int, stride: int, what: str, options: Options) ->
     x = torch.randn(shape)
     with torch.no_grad():
         y = plain(x)
-    size = {"flops": 2.0 * y.numel() * k * k, "reads": FLOAT * x.numel(), "writes": 0.0}
+    inputs, outputs = FLOAT * x.numel(), FLOAT * y.numel()
+    reads, writes = {
+        "forward": (inputs, outputs),
+        "input gradient": (outputs, inputs),
+        "weight gradient": (inputs + outputs, 0),
+    }[what]
+    size = {"flops": 2.0 * y.numel() * k * k, "reads": reads, "writes": writes}
     if what == "forward":
-        size["writes"] = FLOAT * y.numel()
         return group_of(plain, fast, inference(x), options, channels, **size)
     of_input = what == "input gradient"
-    moved = {"reads": y, "writes": x} if of_input else {"reads": x, "writes": None}
-    size |= {name: 0.0 if t is None else FLOAT * t.numel() for name, t in moved.items()}
-    if not of_input:
-        size["reads"] += FLOAT * y.numel()
     grad = torch.randn_like(y)
     peers = peers_of(plain, gradient(x, grad, of_input), False)
     if options.compile:

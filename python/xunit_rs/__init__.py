@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ._info import info
     from .convert import accelerate, find_relus, replace_relu
     from .denoise import Denoiser
-    from ._info import info
     from .modules import DepthwiseConv2d, Gaussian, xUnit, xUnitD, xUnitS
 
     __version__: str

@@ -121,7 +121,7 @@ mod tests {
             let (flops, sum) = f32::dispatch(isa, MultiplyAdd { rounds: 100 });
             // Every lane ends at 2, the fixed point of x / 2 + 1.
             assert_eq!(sum, 2.0 * flops as f32 / 200.0, "{isa}");
-            assert_eq!(f32::dispatch(isa, Read { from: &from }), from.iter().sum(), "{isa}");
+            assert_eq!(f32::dispatch(isa, Read { from: &from }), from.iter().sum::<f32>(), "{isa}");
             let mut to = vec![f32::NAN; from.len()];
             f32::dispatch(isa, Copy { from: &from, to: &mut to });
             assert_eq!(to, from, "{isa}");
