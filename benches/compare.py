@@ -31,7 +31,9 @@ this run: "?", and null in the file.
 
 --between puts every operation between two 1×1 convolutions of PyTorch and subtracts, turn by turn,
 what the convolutions take without it: what the operation adds in a network, where the threads of
-another pool may still be spinning and the caches hold something else.
+another pool may still be spinning and the caches hold something else. It adds or saves page faults,
+too, as the allocator keeps or returns memory, so that small differences may even be negative: then
+the ratio is "?". "whole" is the ratio of the whole sequences to the best peer, unsubtracted.
 
 The overhead suite times calls on 1×8×4×4, in µs. The memory suite needs Linux; peak_memory.py says
 how it counts. roofline.py draws the JSON file.
@@ -127,25 +129,24 @@ class Limits:
 
 
 def check(case: Case, group: Group) -> None:
-    """All contenders' results are equal, as far as float32 goes.
+    """All contenders' results are equal, to 1 %: a missing row or column would show.
 
     In the norm: where a ReLU's input is within rounding of zero, single elements of a gradient may
     differ by all they are. A gradient whose exact value is zero (of a bias ahead of a BatchNorm) is
-    rounding alone, and held against the largest of the others.
+    rounding alone, and held against the largest of the others. Not closer, because PyTorch itself,
+    with channels_last and BatchNorm on one thread, is 2e-3 away from float64, and further in whole
+    networks. Accuracy is the matter of parity.py.
     """
     reference = group.peers["NCHW"]()
     norms = [norm(t) for t in reference]
-    floor = 0.01 * max(norms)
+    floor = 0.1 * max(norms)
     for name, call in (group.peers | group.ours).items():
-        found = call()
-        shapes = [t.shape for t in found]
-        for t, expected, size in zip(found, reference, norms, strict=True):
+        for i, (t, expected, size) in enumerate(zip(call(), reference, norms, strict=True)):
             error = norm(t - expected) / max(size, floor)
-            if not error < 1e-3:  # NaN fails
+            if not error < 1e-2:  # NaN fails
                 name = name.strip() or "ours"
                 raise SystemExit(
-                    f"{case.operation} {case.shape}: {name} is wrong by {error:.1e} in a tensor of "
-                    f"{tuple(t.shape)}, of {[tuple(s) for s in shapes]}"
+                    f"{case.operation} {case.shape}: {name} is wrong by {error:.1e} in result {i}"
                 )
 
 
@@ -222,8 +223,17 @@ def rows_of(case: Case, group: Group, settings: Settings, limits: Limits) -> lis
             "spread": spread(times),
             "measured_again": again,
         }
+        | sequence(times, group, name, best)
         for name in group.ours
     ]
+
+
+def sequence(times: Times, group: Group, name: str, best: str) -> Row:
+    """The whole sequence and the convolutions alone, unsubtracted, where there are any."""
+    if not group.without:
+        return {}
+    whole = {contender: statistics.median(t) * 1e3 for contender, t in times.items()}
+    return {"sequence_ms": whole, "sequence_ratio_to_best": whole[best] / whole[name]}
 
 
 def ratio(theirs: float, ours: float) -> float | None:
@@ -278,8 +288,8 @@ def memory_rows(case: Case, options: Options) -> list[Row]:
 class Table:
     """Header and lines of one suite: which columns it has, and in which unit."""
 
-    def __init__(self, suite: str, compiled: bool) -> None:
-        self.suite = suite
+    def __init__(self, suite: str, compiled: bool, between: bool) -> None:
+        self.suite, self.between = suite, between
         self.key, self.scale, unit = {
             "overhead": ("ms", 1e3, "us"),
             "memory": ("mb", 1.0, "MB"),
@@ -310,6 +320,7 @@ class Table:
             + "".join(f"{name:>10}" for name in columns)
             + "".join(f"{name:>8}" for name in ratios)
             + shares
+            + (f"{'whole':>8}" if self.between else "")
         )
 
     def line(self, row: Row) -> str:
@@ -325,6 +336,8 @@ class Table:
             for key, width in (("peak_share", 7), ("memory_share", 6)):
                 share = "?" if row[key] is None else f"{row[key]:.0%}"
                 text += f"{share:>{width}}"
+        if self.between:
+            text += f"{row['sequence_ratio_to_best']:8.2f}"
         return text + (" ~" if row.get("spread", 0) > OUTLIER else "")
 
 
@@ -517,8 +530,10 @@ def main() -> int:
         options = Options(threads, arguments.compile, arguments.between)
         first = len(rows)
         print(f"\n{limit}")
+        if not tiny and 1 in limits and limit.flops < 0.8 * threads * limits[1].flops:
+            print("the peak does not grow with the threads: others are using this machine")
         for suite, found in chosen.items():
-            table = Table(suite, arguments.compile)
+            table = Table(suite, arguments.compile, arguments.between)
             print(f"\n{table.heading()}")
             for case in found:
                 bar.show(case, threads)
