@@ -4,8 +4,9 @@
 //! C channels, n pixels of a plane of 64 × 64.
 
 use divan::{Bencher, counter::ItemsCount};
+use matrixmultiply::sgemm;
 use xunit_rs::kernels::product::{Columns, Inner, Packed, Rows, RowsMut, Start};
-use xunit_rs::simd::{self, Scalar};
+use xunit_rs::simd;
 
 fn main() {
     divan::main();
@@ -58,7 +59,7 @@ fn columns_matrixmultiply(bencher: Bencher, (c, n): (usize, usize)) {
     bencher.counter(flops((c, n))).bench_local(|| {
         let (a, b, p) = (weight.as_ptr(), x.as_ptr(), p.as_mut_ptr());
         // SAFETY: a is c × c; b and p are c rows of n ≤ PLANE elements, PLANE apart.
-        unsafe { f32::gemm(c, c, n, (a, c as isize, 1), (b, ld, 1), 0.0, (p, ld, 1)) };
+        unsafe { sgemm(c, c, n, 1.0, a, c as isize, 1, b, ld, 1, 0.0, p, ld, 1) };
     });
 }
 
@@ -81,6 +82,6 @@ fn inner_matrixmultiply(bencher: Bencher, (c, n): (usize, usize)) {
     bencher.counter(flops((c, n))).bench_local(|| {
         let (a, b, sum) = (grad.as_ptr(), x.as_ptr(), sum.as_mut_ptr());
         // SAFETY: a and b are c rows of n ≤ PLANE elements, PLANE apart; the sum is c × c.
-        unsafe { f32::gemm(c, n, c, (a, ld, 1), (b, 1, ld), 1.0, (sum, c as isize, 1)) };
+        unsafe { sgemm(c, n, c, 1.0, a, ld, 1, b, 1, ld, 1.0, sum, c as isize, 1) };
     });
 }

@@ -6,6 +6,7 @@
 //! float64 twin that the tests compare everything with.
 
 pub mod kernels;
+pub mod machine;
 pub mod net;
 pub mod ops;
 pub mod parallel;

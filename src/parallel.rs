@@ -6,14 +6,23 @@
 use std::any::Any;
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-/// `(process, threads, pool)` of every pool made so far.
-static POOLS: Mutex<Vec<(u32, usize, &'static ThreadPool)>> = Mutex::new(Vec::new());
+/// A pool of so many threads of a process.
+struct Pool {
+    process: u32,
+    threads: usize,
+    pool: ThreadPool,
+    next: *const Pool,
+}
+
+/// Every pool made so far, the last one first; none is ever dropped. No lock: a child that is forked
+/// while another thread holds it would wait for ever.
+static POOLS: AtomicPtr<Pool> = AtomicPtr::new(std::ptr::null_mut());
 
 /// The number of threads used where the caller names none: `XUNIT_NUM_THREADS` if it is a positive
 /// integer, else the number of cores available to this process.
@@ -32,18 +41,31 @@ pub fn default_threads() -> usize {
 /// The pool of `threads` threads of this process, or `None` where the system refuses new threads.
 fn pool(threads: usize) -> Option<&'static ThreadPool> {
     let process = std::process::id();
-    let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((_, _, pool)) = pools.iter().find(|p| (p.0, p.1) == (process, threads)) {
-        return Some(pool);
+    let mut at = POOLS.load(Ordering::Acquire).cast_const();
+    // SAFETY: pools are leaked, and complete before they are in the list.
+    while let Some(pool) = unsafe { at.as_ref() } {
+        if (pool.process, pool.threads) == (process, threads) {
+            return Some(&pool.pool);
+        }
+        at = pool.next;
     }
     let pool = ThreadPoolBuilder::new()
         .num_threads(threads)
         .thread_name(|i| format!("xunit-{i}"))
         .build()
         .ok()?;
-    let pool: &'static ThreadPool = Box::leak(Box::new(pool));
-    pools.push((process, threads, pool));
-    Some(pool)
+    let new = Box::leak(Box::new(Pool { process, threads, pool, next: std::ptr::null() }));
+    let node: *mut Pool = new;
+    let mut head = POOLS.load(Ordering::Acquire);
+    loop {
+        // SAFETY: nobody else knows the node before it is in the list.
+        unsafe { (*node).next = head };
+        match POOLS.compare_exchange_weak(head, node, Ordering::AcqRel, Ordering::Acquire) {
+            // SAFETY: as above, from now on it is only read.
+            Ok(_) => return Some(unsafe { &(*node).pool }),
+            Err(other) => head = other,
+        }
+    }
 }
 
 /// How many threads an operation may use, and whose.
@@ -77,7 +99,8 @@ pub type ParallelFor = unsafe extern "C" fn(
 ) -> i32;
 
 /// The host's function, and the process that lent it: a forked child has none of its threads.
-static HOST: Mutex<Option<(u32, ParallelFor)>> = Mutex::new(None);
+static HOST: AtomicPtr<()> = AtomicPtr::new(std::ptr::null_mut());
+static HOST_PROCESS: AtomicU32 = AtomicU32::new(0);
 
 /// Lets [`Threads::Host`] run on the threads of the host. A pool of our own beside them loses most
 /// of its gain: after an operation the host's idle threads spin for milliseconds on the cores.
@@ -85,7 +108,18 @@ static HOST: Mutex<Option<(u32, ParallelFor)>> = Mutex::new(None);
 /// # Safety
 /// `parallel_for` must be as [`ParallelFor`] says, for the life of this process.
 pub unsafe fn lend(parallel_for: ParallelFor) {
-    *HOST.lock().unwrap_or_else(PoisonError::into_inner) = Some((std::process::id(), parallel_for));
+    HOST.store(parallel_for as *mut (), Ordering::Release);
+    HOST_PROCESS.store(std::process::id(), Ordering::Release);
+}
+
+/// The host's function, if it was lent in this process.
+fn host() -> Option<ParallelFor> {
+    if HOST_PROCESS.load(Ordering::Acquire) != std::process::id() {
+        return None;
+    }
+    let function = HOST.load(Ordering::Acquire);
+    // SAFETY: `lend` puts nothing else there.
+    (!function.is_null()).then(|| unsafe { std::mem::transmute::<*mut (), ParallelFor>(function) })
 }
 
 /// What the threads of one [`for_each`] share.
@@ -133,13 +167,8 @@ pub fn for_each(threads: Threads, tasks: usize, f: impl Fn(usize) + Sync) {
         return (0..tasks).for_each(f);
     }
     let work = Work { f: &f, next: AtomicUsize::new(0), tasks, panic: Mutex::new(None) };
-    let host = match threads {
-        Threads::Host(_) => *HOST.lock().unwrap_or_else(PoisonError::into_inner),
-        Threads::Own(_) => None,
-    };
-    if let Some((process, parallel_for)) = host
-        && process == std::process::id()
-    {
+    let host = if matches!(threads, Threads::Host(_)) { host() } else { None };
+    if let Some(parallel_for) = host {
         let context = (&raw const work).cast_mut().cast();
         let workers = count.min(tasks) as i64;
         // SAFETY: `lend`'s caller vouches for the function; `work` lives until it returns.
@@ -210,7 +239,7 @@ mod tests {
         let panics = || for_each(Threads::Host(2), 5, |i| assert!(i != 3, "task 3"));
         let panic = catch_unwind(panics).unwrap_err();
         assert!(panic.downcast_ref::<&str>().is_some_and(|text| text.contains("task 3")));
-        *HOST.lock().unwrap() = None;
+        HOST_PROCESS.store(0, Ordering::Release);
     }
 
     #[test]

@@ -90,26 +90,7 @@ pub trait Scalar: Copy + Send + Sync + PartialOrd + Default + fmt::Debug + 'stat
     fn fma(self, a: Self, b: Self) -> Self;
     /// Runs `kernel` with the vectors of `isa`; with the portable ones if the machine lacks it.
     fn dispatch<K: Kernel<Self>>(isa: Isa, kernel: K) -> K::Output;
-    /// c = alpha · a · b + beta · c, row- and column-strided as in BLAS, on this thread.
-    ///
-    /// # Safety
-    /// The pointers must be valid for the matrices that sizes and strides describe, and `c` must
-    /// not overlap `a` or `b`.
-    unsafe fn gemm(
-        m: usize,
-        k: usize,
-        n: usize,
-        a: Matrix<Self>,
-        b: Matrix<Self>,
-        beta: Self,
-        c: MatrixMut<Self>,
-    );
 }
-
-/// A matrix operand: pointer, row stride, column stride.
-pub type Matrix<T> = (*const T, isize, isize);
-/// A matrix result: pointer, row stride, column stride.
-pub type MatrixMut<T> = (*mut T, isize, isize);
 
 /// Work that is generic over the vectors it runs on.
 pub trait Kernel<T: Scalar> {
@@ -338,7 +319,7 @@ fn on_avx2<T: Scalar, K: Kernel<T>>(simd: impl Simd<T>, kernel: K) -> K::Output 
 }
 
 macro_rules! scalar {
-    ($type:ty, $gemm:path, |$isa:ident, $tile:ident| $simd:expr) => {
+    ($type:ty, |$isa:ident, $tile:ident| $simd:expr) => {
         impl Scalar for $type {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
@@ -384,24 +365,12 @@ macro_rules! scalar {
                 let _ = isa;
                 kernel.run($simd)
             }
-            unsafe fn gemm(
-                m: usize,
-                k: usize,
-                n: usize,
-                a: Matrix<Self>,
-                b: Matrix<Self>,
-                beta: Self,
-                c: MatrixMut<Self>,
-            ) {
-                // SAFETY: the caller vouches for the matrices.
-                unsafe { $gemm(m, k, n, 1.0, a.0, a.1, a.2, b.0, b.1, b.2, beta, c.0, c.1, c.2) }
-            }
         }
     };
 }
 
-scalar!(f32, matrixmultiply::sgemm, |isa, TILE| F32::<_, TILE>(isa));
-scalar!(f64, matrixmultiply::dgemm, |isa, TILE| {
+scalar!(f32, |isa, TILE| F32::<_, TILE>(isa));
+scalar!(f64, |isa, TILE| {
     let _ = (isa, TILE);
     F64
 });

@@ -27,7 +27,7 @@ def _one_thread():
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-@pytest.mark.parametrize("case", parity.cases(), ids=str)
+@pytest.mark.parametrize("case", list(parity.cases()), ids=str)
 def test_parity(case):
     result = parity.check(case)
     assert result.passed, f"{result.quantity}: {result.error:.1e}, PyTorch {result.plain:.1e}"

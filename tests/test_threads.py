@@ -27,14 +27,6 @@ def same(results):
                 assert a.tobytes() == b.tobytes()
 
 
-def flat(values):
-    for value in values:
-        if isinstance(value, tuple):
-            yield from flat(value)
-        else:
-            yield value
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("shape", [(3, 5, 33, 29), (1, 2, 70, 65), (9, 1, 8, 8)])
 @pytest.mark.parametrize(("k", "stride", "dilation"), [(7, 1, 1), (4, 2, 1), (3, 1, 2)])
@@ -42,12 +34,15 @@ def test_depthwise_is_bit_identical(shape, dtype, k, stride, dilation):
     x, w = random(shape, dtype, 0), random((shape[1], 1, k, k), dtype, 1)
     b = random(shape[1], dtype, 2)
     geometry = ((stride,) * 2, (2, 3, 3, 2), (dilation,) * 2)
+    effective = dilation * (k - 1) + 1
+    height, width = ((extent + 5 - effective) // stride + 1 for extent in shape[2:])
+    grad = random((*shape[:2], height, width), dtype, 3)
     results = []
     for threads in THREADS:
-        y = _core.depthwise_conv2d(x, w, b, *geometry, threads)
-        grad = random(y.shape, dtype, 3)
-        needs = (True, True, True)
-        results.append((y, *_core.depthwise_conv2d_backward(grad, x, w, *geometry, needs, threads)))
+        y, *grads = done = [np.full_like(t, np.nan) for t in (grad, x, w, b)]
+        _core.depthwise_conv2d(x, w, b, *geometry, y, threads)
+        _core.depthwise_conv2d_backward(grad, x, w, *geometry, *grads, threads)
+        results.append(done)
     same(results)
 
 
@@ -61,15 +56,29 @@ def test_xunits_are_bit_identical(variant, gate, dtype):
     dense = variant == "dense"
     pw = (random((c, c, 1, 1), dtype, 4), random(c, dtype, 5)) if dense else (None, None)
     affine = (random(c, dtype, 6), random(c, dtype, 7))
-    bn = (*affine, None, None, 1e-5)
-    norms = (None if variant == "slim" else bn, bn)
+    which = [variant != "slim", True]
     results = []
     for threads in THREADS:
-        forward = _core.xunit_forward(variant, gate, x, *pw, weight, bias, *norms, True, threads)
-        _, d, p, *stats = forward
-        used = [None if s is None else (*affine, *s, 1e-5, True) for s in stats]
-        backward = _core.xunit_backward(variant, gate, grad, x, d, p, pw[0], weight, *used, threads)
-        results.append((*flat(forward), *backward))
+        out, d, p, gx, gp = (np.full_like(x, np.nan) for _ in range(5))
+        stats = [tuple(np.full(c, np.nan) for _ in range(2)) for _ in which]
+        norms = [
+            (*affine, *found, 1e-5, True, None) if there else None
+            for there, found in zip(which, stats, strict=True)
+        ]
+        p, gp = (p, gp) if dense else (None, None)
+        _core.xunit_forward(variant, gate, x, *pw, weight, bias, *norms, out, d, p, threads)
+        grads = [np.full_like(t, np.nan) if t is not None else None for t in (*pw, weight, bias)]
+        pairs = [tuple(np.full(c, np.nan, dtype) for _ in range(2)) for _ in which]
+        used = [
+            (*affine, *found, 1e-5, True, *pair) if there else None
+            for there, found, pair in zip(which, stats, pairs, strict=True)
+        ]
+        _core.xunit_backward(
+            variant, gate, grad, x, d, p, pw[0], weight, *used, gx, gp, *grads, threads
+        )
+        found = [t for there, *pair in zip(which, stats, pairs, strict=True) if there for t in pair]
+        results.append((out, d, p, gx, *grads, *(t for pair in found for t in pair)))
+        assert not any(np.isnan(t).any() for t in results[-1] if t is not None)
     same(results)
 
 
@@ -82,7 +91,9 @@ x = np.random.default_rng(0).standard_normal((4, 8, 64, 64)).astype("f4")
 w = np.random.default_rng(1).standard_normal((8, 1, 7, 7)).astype("f4")
 
 def run():
-    return _core.depthwise_conv2d(x, w, None, (1, 1), (3, 3, 3, 3), (1, 1), 2)
+    y = np.empty_like(x)
+    _core.depthwise_conv2d(x, w, None, (1, 1), (3, 3, 3, 3), (1, 1), y, 2)
+    return y
 
 before = run()  # the parent's pool has started
 child = os.fork()
@@ -91,6 +102,58 @@ if child == 0:
 _, status = os.waitpid(child, 0)
 assert os.waitstatus_to_exitcode(status) == 0, status
 assert (run() == before).all()
+"""
+
+# A child that is forked while another thread starts pools.
+FORK_DURING = """
+import os, threading
+import numpy as np
+from xunit_rs import _core
+
+x = np.ones((1, 16, 64, 64), "f4")
+w = np.ones((16, 1, 31, 31), "f4")
+
+def run(threads):
+    y = np.empty_like(x)
+    _core.depthwise_conv2d(x, w, None, (1, 1), (15, 15, 15, 15), (1, 1), y, threads)
+
+started = threading.Event()
+
+def start_pools():
+    for threads in range(3, 16):
+        started.set()
+        run(threads)
+
+thread = threading.Thread(target=start_pools)
+thread.start()
+started.wait()
+for _ in range(8):
+    child = os.fork()
+    if child == 0:
+        run(2)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, status
+thread.join()
+"""
+
+# With torch's own threads, warm in the parent.
+FORK_TORCH = """
+import os
+import torch
+from xunit_rs import xUnit
+
+torch.set_num_threads(2)
+unit, x = xUnit(8, 7, backend="rust"), torch.randn(4, 8, 64, 64)
+with torch.no_grad():
+    before = unit(x)
+    child = os.fork()
+    if child == 0:
+        after = unit(x)
+        torch.set_num_threads(1)  # torch's own operations cannot use two here
+        os._exit(0 if torch.equal(after, before) else 1)
+_, status = os.waitpid(child, 0)
+assert os.waitstatus_to_exitcode(status) == 0, status
 """
 
 LOADER = """
@@ -117,7 +180,11 @@ assert torch.equal(torch.cat(list(loader)), expected)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.parametrize("script", [FORK, LOADER], ids=["fork", "DataLoader"])
+@pytest.mark.parametrize(
+    "script",
+    [FORK, FORK_DURING, FORK_TORCH, LOADER],
+    ids=["fork", "during the start of pools", "torch", "DataLoader"],
+)
 def test_forked_child_computes(script):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script],

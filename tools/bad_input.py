@@ -711,6 +711,7 @@ def core_convolution(x: Any = None, weight: Any = None, **changes: Any) -> Any:
         "stride": (1, 1),
         "padding": (1, 1, 1, 1),
         "dilation": (1, 1),
+        "out": np.zeros((2, 4, 5, 5), np.float32),
         "threads": 0,
     } | changes
     return _core.depthwise_conv2d(*arguments.values())
@@ -719,6 +720,9 @@ def core_convolution(x: Any = None, weight: Any = None, **changes: Any) -> Any:
 X = np.zeros((2, 4, 5, 5), np.float32)
 _CONVOLUTIONS: tuple[tuple[str, type[Exception], str, dict[str, Any]], ...] = (
     ("a list", TypeError, "list", {"x": [0.0]}),
+    ("out of another shape", ValueError, "[2, 4, 5, 5]", {"out": X[:1].copy()}),
+    ("out of another dtype", TypeError, "float64", {"out": np.zeros((2, 4, 5, 5))}),
+    ("out that is x", ValueError, "shares memory", {"x": X, "out": X}),
     ("dtype float16", TypeError, "float16", {"x": X.astype(np.float16)}),
     ("dtype int32", TypeError, "int32", {"x": X.astype(np.int32)}),
     ("weight of another dtype", TypeError, "float64", {"weight": np.zeros((4, 1, 3, 3))}),

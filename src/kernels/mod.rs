@@ -6,6 +6,7 @@
 pub mod activation;
 pub mod conv;
 pub mod general;
+pub mod peak;
 pub mod product;
 
 /// The most lanes that any vector has.

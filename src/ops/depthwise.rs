@@ -184,7 +184,7 @@ fn weight_gradient<T: Scalar>(
 /// The gradient to one input plane after another.
 enum Transposed<'a, T> {
     /// A convolution of the padded gradient with the taps turned.
-    Dense(Convolution<T>),
+    Dense(Box<Convolution<T>>),
     /// Into the whole padded plane, of which padding is cut off after.
     General { geometry: &'a Geometry, weight: &'a [T] },
 }
@@ -196,7 +196,8 @@ impl<'a, T: Scalar> Transposed<'a, T> {
             let padding = [kh - 1 - top, kh - 1 - bottom, kw - 1 - left, kw - 1 - right];
             let conv = Conv { padding, ..geometry.conv };
             if let Ok(geometry) = Geometry::new(geometry.output(), conv) {
-                return Self::Dense(Convolution::new(&geometry, turned(weight), T::ZERO));
+                let convolution = Convolution::new(&geometry, turned(weight), T::ZERO);
+                return Self::Dense(Box::new(convolution));
             }
         }
         Self::General { geometry, weight }

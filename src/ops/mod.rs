@@ -37,6 +37,12 @@ impl<'a, T> Planes<'a, T> {
         Self { ptr: tensor.as_mut_ptr(), batch, tensor: PhantomData }
     }
 
+    /// The first element of image n.
+    fn image(&self, n: usize) -> *mut T {
+        assert!(n < self.batch.n);
+        self.ptr.wrapping_add(n * self.batch.c * self.batch.plane())
+    }
+
     /// Plane (n, c).
     ///
     /// # Safety

@@ -1,9 +1,13 @@
-//! The 1×1 convolution of the dense unit, forward and backward.
+//! The 1×1 convolution of the dense unit, forward and backward: matrix products over panels of
+//! pixels.
 
-use super::{Planes, plane};
+use std::ops::Range;
+
+use super::Planes;
+use crate::kernels::product::{Columns, Inner, Packed, Rows, RowsMut, Start};
 use crate::parallel::{self, Threads};
 use crate::shape::Batch;
-use crate::simd::Scalar;
+use crate::simd::{self, Scalar};
 
 /// The 1×1 convolution of the dense unit: weight (C, C), bias (C).
 #[derive(Clone, Copy, Debug)]
@@ -12,31 +16,67 @@ pub struct Pointwise<'a, T> {
     pub bias: Option<&'a [T]>,
 }
 
+/// Pixels of a panel: 64 channels of them take 256 KiB, and the inner product adds up blocks of as
+/// many.
+const PANEL: usize = 1024;
+
+/// The panels of a batch: of each image, as many as its pixels fill.
+struct Panels {
+    batch: Batch,
+    per_image: usize,
+}
+
+impl Panels {
+    fn new(batch: Batch) -> Self {
+        Self { batch, per_image: batch.plane().div_ceil(PANEL) }
+    }
+
+    fn len(&self) -> usize {
+        self.batch.n * self.per_image
+    }
+
+    /// The pixels of panel `i`, from the first element of its image's first channel on.
+    fn pixels(&self, i: usize) -> (usize, Range<usize>) {
+        let start = i % self.per_image * PANEL;
+        (i / self.per_image, start..self.batch.plane().min(start + PANEL))
+    }
+
+    /// The rows of panel `i` in a tensor.
+    fn rows<'a, T: Scalar>(&self, tensor: &'a [T], i: usize) -> Rows<'a, T> {
+        let (Batch { c, .. }, plane) = (self.batch, self.batch.plane());
+        let (n, pixels) = self.pixels(i);
+        Rows::new(&tensor[n * c * plane + pixels.start..], c, plane, pixels.len())
+    }
+
+    /// The rows of panel `i` in a tensor that is written.
+    ///
+    /// # Safety
+    /// No other reference to the same pixels may live.
+    unsafe fn rows_mut<'a, T: Scalar>(
+        &self,
+        tensor: &'a Planes<'_, T>,
+        i: usize,
+    ) -> RowsMut<'a, T> {
+        let (Batch { c, .. }, plane) = (self.batch, self.batch.plane());
+        let (n, pixels) = self.pixels(i);
+        // SAFETY: the last row ends inside image n, by `pixels`; the caller vouches for the rest.
+        unsafe {
+            let first = tensor.image(n).add(pixels.start);
+            RowsMut::from_raw(first, c, plane, pixels.len())
+        }
+    }
+}
+
 impl<T: Scalar> Pointwise<'_, T> {
-    /// p\[n\] = weight · x\[n\] + bias; one task an image.
+    /// p\[n\] = weight · x\[n\] + bias.
     pub(super) fn forward(&self, batch: Batch, x: &[T], p: &mut [T], threads: Threads) {
-        let planes = Planes::new(p, images(batch));
-        let (c, hw) = (batch.c, batch.plane());
-        parallel::for_each(threads, batch.n, |n| {
-            // SAFETY: this task alone names image n.
-            let out = unsafe { planes.plane(n, 0) };
-            for (channel, out) in out.chunks_exact_mut(hw).enumerate() {
-                out.fill(self.bias.map_or(T::ZERO, |bias| bias[channel]));
-            }
-            let (a, b) = (self.weight, plane(x, images(batch), n, 0));
-            // SAFETY: a is C × C by `check`, b and c are C × HW, an image each.
-            unsafe {
-                let (rows, columns) = (c as isize, hw as isize);
-                T::gemm(
-                    c,
-                    c,
-                    hw,
-                    (a.as_ptr(), rows, 1),
-                    (b.as_ptr(), columns, 1),
-                    T::ONE,
-                    (out.as_mut_ptr(), columns, 1),
-                );
-            }
+        let weight = Packed::new(self.weight, batch.c, batch.c);
+        let (panels, p) = (Panels::new(batch), Planes::new(p, batch));
+        parallel::for_each(threads, panels.len(), |i| {
+            let start = self.bias.map_or(Start::Zero, Start::Bias);
+            // SAFETY: this task alone names panel i.
+            let c = unsafe { panels.rows_mut(&p, i) };
+            simd::dispatch(Columns { a: &weight, b: panels.rows(x, i), start, c });
         });
     }
 
@@ -50,41 +90,27 @@ impl<T: Scalar> Pointwise<'_, T> {
         gweight: &mut [T],
         threads: Threads,
     ) {
-        let (c, hw) = (batch.c, batch.plane());
-        // A few partial sums whatever the batch: their number fixes the order of the additions.
-        let parts = batch.n.min(8);
-        let mut sums = vec![T::ZERO; parts * c * c];
-        let gx_planes = Planes::new(gx, images(batch));
+        let c = batch.c;
+        let weight = Packed::transposed(self.weight, c, c);
+        let (panels, gx) = (Panels::new(batch), Planes::new(gx, batch));
+        // A few partial sums whatever the threads: their number fixes the order of the additions.
+        let parts = panels.len().min(16);
+        let mut sums = vec![0.0; parts * c * c];
         let sum_planes = Planes::new(&mut sums, Batch { n: parts, c: 1, h: c, w: c });
         parallel::for_each(threads, parts, |part| {
-            // SAFETY: this task alone names its part and the images n ≡ part.
+            // SAFETY: this task alone names its part and the panels i ≡ part.
             let sum = unsafe { sum_planes.plane(part, 0) };
-            for n in (part..batch.n).step_by(parts) {
+            for i in (part..panels.len()).step_by(parts) {
+                let (a, b) = (panels.rows(gp, i), panels.rows(x, i));
+                simd::dispatch(Inner { a, b, sum: &mut *sum });
                 // SAFETY: as above.
-                let out = unsafe { gx_planes.plane(n, 0) };
-                let (gp, x) = (plane(gp, images(batch), n, 0), plane(x, images(batch), n, 0));
-                let (rows, columns) = (c as isize, hw as isize);
-                // SAFETY: the weight and its gradient are C × C, the others C × HW, an image each.
-                unsafe {
-                    let gp = (gp.as_ptr(), columns, 1);
-                    let weight = (self.weight.as_ptr(), 1, rows);
-                    T::gemm(c, c, hw, weight, gp, T::ONE, (out.as_mut_ptr(), columns, 1));
-                    let turned = (x.as_ptr(), 1, columns);
-                    T::gemm(c, hw, c, gp, turned, T::ONE, (sum.as_mut_ptr(), rows, 1));
-                }
+                let to = unsafe { panels.rows_mut(&gx, i) };
+                let b = panels.rows(gp, i);
+                simd::dispatch(Columns { a: &weight, b, start: Start::Sum, c: to });
             }
         });
-        gweight.fill(T::ZERO);
-        for part in sums.chunks_exact(c * c) {
-            gweight
-                .iter_mut()
-                .zip(part)
-                .for_each(|(total, part)| *total = part.fma(T::ONE, *total));
+        for (at, to) in gweight.iter_mut().enumerate() {
+            *to = T::from_f64(sums.chunks_exact(c * c).map(|sum| sum[at]).sum());
         }
     }
-}
-
-/// The batch with an image, not a channel, as its plane.
-fn images(batch: Batch) -> Batch {
-    Batch { n: batch.n, c: 1, h: batch.c, w: batch.plane() }
 }

@@ -2,6 +2,7 @@
 
 mod depthwise;
 mod network;
+mod peak;
 mod tensor;
 mod xunit;
 
@@ -22,6 +23,8 @@ mod _core {
     use super::depthwise::{depthwise_conv2d, depthwise_conv2d_backward};
     #[pymodule_export]
     use super::network::Network;
+    #[pymodule_export]
+    use super::peak::{fma_peak, memory_bandwidth};
     #[pymodule_export]
     use super::tensor::{is_plain, use_torch};
     #[pymodule_export]
