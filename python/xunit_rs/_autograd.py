@@ -324,7 +324,9 @@ class _DepthwiseConv2d(torch.autograd.Function):
             call.stride,
             call.padding,
             call.dilation,
-            *map(_to_write, grads),
+            _to_write(grads[0]),
+            _to_write(grads[1]),
+            _to_write(grads[2]),
             torch.get_num_threads(),
         )
         return *_gradients(grads, saved, needs), None
@@ -393,11 +395,10 @@ def _unit_forward(
             continue
         affine = (_optional(inputs[5 + 2 * i], dtype), _optional(inputs[6 + 2 * i], dtype))
         if bn.mean is not None and bn.var is not None:
-            given = (bn.mean.to(dtype), bn.var.to(dtype))
-            norms.append((*affine, *(_ready(t, dtype) for t in given), bn.eps, False, None))
+            given = _ready(bn.mean, dtype), _ready(bn.var, dtype)
+            norms.append((*affine, *given, bn.eps, False, None))
             # Copies: the running statistics may have moved on by the time of the backward pass.
-            copies = (given[0].to(torch.float64, copy=True), given[1].to(torch.float64, copy=True))
-            statistics.append(copies if save else None)
+            statistics.append((_copy(bn.mean), _copy(bn.var)) if save else None)
             continue
         channels = x.shape[1]
         found = (
@@ -406,9 +407,10 @@ def _unit_forward(
         )
         running = None
         if bn.running is not None:
-            follow = tuple(_running(t, dtype) for t in bn.running[:2])
-            updated += [(t, f) for t, f in zip(bn.running, follow, strict=False)]
-            running = (*map(_to_write, follow), bn.running[2])
+            mean, var, weight_of_batch = bn.running
+            follow = _running(mean, dtype), _running(var, dtype)
+            updated += [(mean, follow[0]), (var, follow[1])]
+            running = (*map(_to_write, follow), weight_of_batch)
         norms.append((*affine, *map(_to_write, found), bn.eps, True, running))
         statistics.append(found)
     out = _empty(x, dtype)
@@ -435,6 +437,10 @@ def _unit_forward(
         elif not running_stat.is_inference():
             torch.autograd.graph.increment_version(running_stat)
     return _given_back(out, x, x.dtype), (d, p), statistics
+
+
+def _copy(t: Tensor) -> Tensor:
+    return t.to(torch.float64, copy=True)
 
 
 def _running(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -495,7 +501,12 @@ class _XUnit(torch.autograd.Function):
             _ready(weight, dtype),
             norms[0],
             norms[1],
-            *map(_to_write, (grads[0], gp, *grads[1:5])),
+            _to_write(grads[0]),
+            _to_write(gp),
+            _to_write(grads[1]),
+            _to_write(grads[2]),
+            _to_write(grads[3]),
+            _to_write(grads[4]),
             torch.get_num_threads(),
         )
         return *_gradients(grads, inputs, needs), None
@@ -516,7 +527,7 @@ def _unit_reference(
         var: Vector = None
         if bn.mean is not None and stats is not None:
             mean, var = stats[0].to(x.dtype), stats[1].to(x.dtype)
-        norms.append(BatchNormState(*inputs[5 + 2 * i : 7 + 2 * i], mean, var, bn.eps))
+        norms.append(BatchNormState(inputs[5 + 2 * i], inputs[6 + 2 * i], mean, var, bn.eps))
     bn1, bn2 = norms
     gate = call.gate
     if call.variant == "slim":

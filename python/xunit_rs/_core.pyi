@@ -5,6 +5,20 @@ from typing import Any, TypeAlias, final
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = [
+    "Network",
+    "build_info",
+    "default_threads",
+    "depthwise_conv2d",
+    "depthwise_conv2d_backward",
+    "fma_peak",
+    "is_plain",
+    "memory_bandwidth",
+    "use_torch",
+    "xunit_backward",
+    "xunit_forward",
+]
+
 _Array: TypeAlias = Any
 _Running: TypeAlias = tuple[_Array, _Array, float]
 _ForwardNorm: TypeAlias = tuple[

@@ -199,27 +199,26 @@ class _Base(nn.Module):
         conv: dict[str, tuple[Tensor | None, Tensor | None]] = {"pw": (None, None)}
         norm: dict[str, tuple[BatchNormState | None, bool]] = {"bn1": (None, False)}
         for slot, child in zip(self._slots, children, strict=True):
-            changed = f"features has {type(child).__name__} (or a hook on it) as {slot}"
             if slot in ("bn1", "bn2"):
                 if _untouched(child, nn.Identity):
                     norm[slot] = (None, False)
-                elif _untouched(child, nn.BatchNorm2d) and self._fits(child):
+                elif _untouched(child, nn.BatchNorm2d) and _is_whole(child):
                     norm[slot] = _batch_norm_state(child), child.training  # type: ignore[union-attr]
                 else:
-                    return changed
+                    return _changed(slot, child)
             elif slot == "relu":
                 # In place it would change x itself, which the product then sees.
                 if not _untouched(child, nn.ReLU) or child.inplace:  # type: ignore[union-attr]
-                    return changed
+                    return _changed(slot, child)
             elif slot == "gate":
                 if _untouched(child, nn.Sigmoid):
                     gate = "sigmoid"
                 elif _untouched(child, Gaussian):
                     gate = "gaussian"
                 else:
-                    return changed
+                    return _changed(slot, child)
             elif not self._is_convolution(child, depthwise=slot == "dw"):
-                return changed
+                return _changed(slot, child)
             else:
                 p = child._parameters  # type: ignore[union-attr]
                 conv[slot] = p["weight"], p["bias"]
@@ -250,17 +249,6 @@ class _Base(nn.Module):
             and child.padding in ((k // 2, k // 2), "same")
             and child.padding_mode == "zeros"
         )
-
-    def _fits(self, bn: Any) -> bool:
-        c = (self.num_features,)
-        tensors = (
-            *(bn._parameters.get(n) for n in ("weight", "bias")),
-            *(bn._buffers.get(n) for n in ("running_mean", "running_var")),
-        )
-        # An affine BN whose weight is not a Parameter (a replica, a pruned layer) is not ours.
-        absent = tensors[0] is None and bn.affine
-        split = (tensors[2] is None) != (tensors[3] is None)
-        return not absent and not split and all(t is None or tuple(t.shape) == c for t in tensors)
 
 
 class xUnit(_Base):
@@ -305,6 +293,10 @@ def _integer(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be an integer, not {value!r}") from None
 
 
+def _changed(slot: str, child: Any) -> str:
+    return f"features has {type(child).__name__} (or a hook on it) as {slot}"
+
+
 def _untouched(module: Any, kind: type[nn.Module]) -> bool:
     """Whether `module` is exactly a `kind` and calling it does nothing but its forward."""
     return type(module) is kind and not (
@@ -315,6 +307,14 @@ def _untouched(module: Any, kind: type[nn.Module]) -> bool:
         or module._compiled_call_impl is not None
         or "forward" in module.__dict__
     )
+
+
+def _is_whole(bn: Any) -> bool:
+    parameters, buffers = bn._parameters, bn._buffers
+    # An affine BN whose weight is not a Parameter (a replica, a pruned layer) is not ours.
+    absent = bn.affine and parameters.get("weight") is None
+    split = (buffers.get("running_mean") is None) != (buffers.get("running_var") is None)
+    return not absent and not split
 
 
 def _batch_norm_state(bn: Any) -> BatchNormState:
