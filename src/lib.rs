@@ -7,6 +7,7 @@
 
 pub mod kernels;
 pub mod machine;
+pub mod memory;
 pub mod net;
 pub mod ops;
 pub mod parallel;

@@ -24,15 +24,26 @@ struct Pool {
 /// while another thread holds it would wait for ever.
 static POOLS: AtomicPtr<Pool> = AtomicPtr::new(std::ptr::null_mut());
 
-/// The number of threads used where the caller names none: `XUNIT_NUM_THREADS` if it is a positive
-/// integer, else the number of cores available to this process.
+/// The number of threads that `XUNIT_NUM_THREADS` asks for, if it is set and not empty. Errors if it
+/// is no positive integer.
+pub fn requested_threads() -> Result<Option<usize>, String> {
+    let text = std::env::var("XUNIT_NUM_THREADS").unwrap_or_default();
+    if text.trim().is_empty() {
+        return Ok(None);
+    }
+    match text.trim().parse() {
+        Ok(threads) if threads > 0 => Ok(Some(threads)),
+        _ => Err(format!("XUNIT_NUM_THREADS is {text:?}, which is no positive integer")),
+    }
+}
+
+/// The number of threads used where the caller names none: [`requested_threads`], else the number of
+/// cores available to this process.
 pub fn default_threads() -> usize {
     static THREADS: OnceLock<usize> = OnceLock::new();
     *THREADS.get_or_init(|| {
-        std::env::var("XUNIT_NUM_THREADS")
-            .ok()
-            .and_then(|text| text.trim().parse().ok())
-            .filter(|&threads| threads > 0)
+        requested_threads()
+            .unwrap_or_default()
             .or_else(|| std::thread::available_parallelism().ok().map(Into::into))
             .unwrap_or(1)
     })

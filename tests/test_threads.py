@@ -193,3 +193,40 @@ def test_forked_child_computes(script):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("value", ["banana", "0", "-1", "1.5"])
+def test_a_misspelt_number_of_threads_is_an_error(value):
+    done = subprocess.run(
+        [sys.executable, "-c", "import xunit_rs._core"],
+        env={**os.environ, "XUNIT_NUM_THREADS": value},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert f'XUNIT_NUM_THREADS is "{value}"' in done.stderr
+
+
+INTERRUPT = """
+import signal, sys, time
+import numpy as np
+from xunit_rs import Denoiser
+
+denoise = Denoiser.from_pretrained(tile=32, threads=1)
+image = np.zeros((2000, 2000), np.float32)  # a minute's work
+signal.setitimer(signal.ITIMER_REAL, 0.5)
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+start = time.monotonic()
+try:
+    denoise(image)
+except KeyboardInterrupt:
+    sys.exit(0 if time.monotonic() - start < 20 else 2)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no interval timer")
+def test_a_signal_is_heard_between_tiles():
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPT], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr

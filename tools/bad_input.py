@@ -560,6 +560,21 @@ def _(folder: Path) -> Any:
     return _refused_by_both(t(1, 4, 5, 5, dtype=FLOAT16), KERNEL)
 
 
+add(
+    "functional.depthwise_conv2d",
+    "padding to 2^50 bytes",
+    MemoryError,
+    "bytes",
+    call(
+        functional.depthwise_conv2d,
+        t(1, 1, 1, 1),
+        t(1, 1, 1, 1),
+        stride=1 << 23,
+        padding=1 << 23,
+    ),
+)
+
+
 @case("functional.depthwise_conv2d", "x float16, weight float16", None)
 def _(folder: Path) -> str:
     x, weight = t(1, 4, 5, 5, dtype=FLOAT16), KERNEL.half()

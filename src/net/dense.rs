@@ -15,6 +15,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::kernels::MAX_LANES;
 use crate::kernels::activation::Affine;
+use crate::memory;
 use crate::parallel::{self, Threads};
 use crate::simd::{self, Kernel, Simd};
 
@@ -101,7 +102,7 @@ impl Dense {
         parallel::for_each(threads, bands.len(), |band| {
             let mut out = lock(&bands[band]);
             let panel = lock(&spare).pop();
-            let mut panel = panel.unwrap_or_else(|| vec![0.0; layout.size]);
+            let mut panel = panel.unwrap_or_else(|| memory::filled(layout.size, 0.0));
             let (top, layout) = (band * ROWS, &layout);
             let job = Band { conv: self, affine, x, top, w, out: &mut out, layout };
             simd::dispatch(Panels { band: job, panel: &mut panel });

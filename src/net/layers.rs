@@ -3,6 +3,7 @@
 use super::NetError;
 use super::dense::Dense;
 use crate::kernels::activation::{Affine, Gate};
+use crate::memory;
 use crate::ops::{self, Variant, XUnit, XUnitOutput};
 use crate::parallel::Threads;
 use crate::shape::Batch;
@@ -55,7 +56,7 @@ pub(super) fn convolve(
 ) -> Result<(), NetError> {
     let output = Batch::new(&[1, conv.outputs(), h, w])?;
     let affine = norm.map(|norm| (0..conv.inputs()).map(|c| norm.affine(c)).collect::<Vec<_>>());
-    buffers.y.resize(output.size(), 0.0);
+    memory::resize(&mut buffers.y, output.size(), 0.0);
     conv.forward(affine.as_deref(), &buffers.x, &mut buffers.y, w, threads);
     Ok(())
 }
@@ -109,7 +110,7 @@ impl Block {
     ) -> Result<(), NetError> {
         convolve(&self.conv, self.norm.as_ref(), buffers, h, w, threads)?;
         let batch = Batch::new(&[1, self.conv.outputs(), h, w])?;
-        buffers.x.resize(batch.size(), 0.0);
+        memory::resize(&mut buffers.x, batch.size(), 0.0);
         let out = &mut buffers.x[..];
         let output = XUnitOutput { out, d: None, p: None, stats1: None, stats2: None };
         ops::xunit_forward(&self.unit.view(), batch, &buffers.y, output, threads)?;

@@ -14,6 +14,7 @@ use std::fmt;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use crate::memory;
 use crate::parallel::Threads;
 use crate::shape::{Batch, ShapeError};
 use dense::Dense;
@@ -28,6 +29,8 @@ pub enum NetError {
     File(String),
     /// The image does not fit the network.
     Image(String),
+    /// The caller did not want to go on.
+    Stopped,
 }
 
 impl fmt::Display for NetError {
@@ -35,6 +38,7 @@ impl fmt::Display for NetError {
         match self {
             NetError::Io(path, error) => write!(f, "{}: {error}", path.display()),
             NetError::File(reason) | NetError::Image(reason) => f.write_str(reason),
+            NetError::Stopped => f.write_str("stopped"),
         }
     }
 }
@@ -145,6 +149,22 @@ impl Network {
         tile: usize,
         threads: Threads,
     ) -> Result<Vec<f32>, NetError> {
+        let mut clean = memory::filled(image.len(), 0.0);
+        self.denoise_into(image, [c, h, w], tile, threads, &mut clean, || true)?;
+        Ok(clean)
+    }
+
+    /// [`Network::denoise`] to `clean`, which asks before each tile whether to go on. Errors, too, if
+    /// not, or if `clean` is not as long as `image`.
+    pub fn denoise_into(
+        &self,
+        image: &[f32],
+        [c, h, w]: [usize; 3],
+        tile: usize,
+        threads: Threads,
+        clean: &mut [f32],
+        mut goes_on: impl FnMut() -> bool,
+    ) -> Result<(), NetError> {
         if c != self.channels {
             return Err(NetError::Image(format!(
                 "the network denoises images of {} channels, got an image of {c}",
@@ -152,7 +172,7 @@ impl Network {
             )));
         }
         let batch = Batch::new(&[1, c, h, w])?;
-        if image.len() != batch.size() {
+        if image.len() != batch.size() || clean.len() != batch.size() {
             return Err(NetError::Image(format!(
                 "image must have {} elements for shape {:?}, got {}",
                 batch.size(),
@@ -160,9 +180,12 @@ impl Network {
                 image.len()
             )));
         }
-        let mut clean = image.to_vec();
+        clean.copy_from_slice(image);
         let mut buffers = Buffers::default();
         for tile in tile::tiles(h, w, tile, self.halo()) {
+            if !goes_on() {
+                return Err(NetError::Stopped);
+            }
             tile.cut(image, batch, &mut buffers.x);
             for block in &self.blocks {
                 block.forward(&mut buffers, tile.height(), tile.width(), threads)?;
@@ -170,13 +193,13 @@ impl Network {
             layers::convolve(&self.tail, None, &mut buffers, tile.height(), tile.width(), threads)?;
             match self.architecture {
                 Architecture::XDnCnn2018 => {
-                    tile.paste(&buffers.y, batch, &mut clean, |x, noise| x - noise);
+                    tile.paste(&buffers.y, batch, clean, |x, noise| x - noise);
                 }
                 Architecture::XDnCnn2021 => {
-                    tile.paste(&buffers.y, batch, &mut clean, |x, correction| x + correction);
+                    tile.paste(&buffers.y, batch, clean, |x, correction| x + correction);
                 }
             }
         }
-        Ok(clean)
+        Ok(())
     }
 }

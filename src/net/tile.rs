@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use crate::memory;
 use crate::shape::Batch;
 
 /// A tile: the rows and columns it is to yield, and those it is computed from. The latter end at
@@ -42,6 +43,9 @@ impl Tile {
 
     /// Copies the region of every plane of `image` to `out`.
     pub(super) fn cut(&self, image: &[f32], batch: Batch, out: &mut Vec<f32>) {
+        out.clear();
+        let size = batch.c * self.height() * self.width();
+        memory::resize(out, size, 0.0);
         out.clear();
         for plane in image.chunks_exact(batch.plane()) {
             for y in self.region[0].clone() {

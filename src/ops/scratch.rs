@@ -7,6 +7,7 @@ use std::ops::{Deref, DerefMut, Range};
 
 use crate::kernels::activation::{Affine, Fill};
 use crate::kernels::{MAX_LANES, conv};
+use crate::memory;
 use crate::shape::Geometry;
 use crate::simd::{self, Scalar};
 
@@ -35,7 +36,7 @@ impl<T: Scalar> Scratch<T> {
         let count = (len * size_of::<T>()).div_ceil(size_of::<Line>());
         if lines.len() < count {
             // Not grown: that would copy what nobody reads.
-            lines = vec![Line([0; 64]); count];
+            lines = memory::filled(count, Line([0; 64]));
         }
         Self { lines, len, kind: PhantomData }
     }

@@ -14,6 +14,7 @@ use crate::kernels::activation::{
     ReluGradient, Sums,
 };
 use crate::kernels::conv;
+use crate::memory;
 use crate::parallel::{self, Threads};
 use crate::shape::{Batch, Conv, Geometry, ShapeError, shape_error};
 use crate::simd::{self, Scalar};
@@ -253,7 +254,7 @@ pub fn xunit_forward<T: Scalar>(
     let u = match unit.pointwise {
         Some(pointwise) => {
             let p = p.unwrap_or_else(|| {
-                own = vec![T::ZERO; batch.size()];
+                own = memory::filled(batch.size(), T::ZERO);
                 &mut own
             });
             pointwise.forward(batch, x, p, threads);

@@ -3,7 +3,7 @@
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use super::{Number, View, by_dtype, disjoint};
+use super::{Number, View, by_dtype, detached, disjoint};
 use crate::ops::{self, DepthwiseGradients};
 use crate::parallel::Threads;
 use crate::shape::{Batch, Conv, Geometry};
@@ -51,7 +51,9 @@ fn forward<T: Number>(
     let (x, weight, bias) = (x.slice(), weight.slice(), bias.as_ref().map(View::slice));
     // SAFETY: checked to be disjoint, and taken once.
     let out = out.map_or(&mut [][..], |out| unsafe { out.slice_mut() });
-    py.detach(|| ops::depthwise_forward(&geometry, x, weight, bias, out, Threads::Host(threads)))?;
+    detached(py, || {
+        ops::depthwise_forward(&geometry, x, weight, bias, out, Threads::Host(threads))
+    })??;
     Ok(())
 }
 
@@ -106,7 +108,7 @@ fn backward<T: Number>(
         }
     };
     let threads = Threads::Host(threads);
-    py.detach(|| ops::depthwise_backward(&geometry, grad, x, weight, gradients, threads))?;
+    detached(py, || ops::depthwise_backward(&geometry, grad, x, weight, gradients, threads))??;
     Ok(())
 }
 

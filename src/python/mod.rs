@@ -9,10 +9,11 @@ mod xunit;
 use std::collections::BTreeMap;
 
 use numpy::{Element, IntoPyArray, PyArrayMethods};
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
 use tensor::{View, disjoint};
 
+use crate::memory::{self, NoMemory};
 use crate::shape::ShapeError;
 use crate::simd::Scalar;
 
@@ -34,10 +35,13 @@ mod _core {
 
     use pyo3::prelude::*;
 
-    /// A misspelt XUNIT_ISA must not pass unnoticed.
+    /// A misspelt XUNIT_ISA or XUNIT_NUM_THREADS must not pass unnoticed.
     #[pymodule_init]
     fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
-        crate::simd::requested().map(|_| ()).map_err(pyo3::exceptions::PyValueError::new_err)
+        use pyo3::exceptions::PyValueError;
+        crate::simd::requested().map_err(PyValueError::new_err)?;
+        crate::parallel::requested_threads().map_err(PyValueError::new_err)?;
+        Ok(())
     }
 }
 
@@ -56,6 +60,13 @@ fn build_info() -> BTreeMap<&'static str, String> {
 #[pyfunction]
 fn default_threads() -> usize {
     crate::parallel::default_threads()
+}
+
+/// Runs `f` without the GIL; MemoryError where it finds too little memory.
+fn detached<R: Send>(py: Python<'_>, f: impl FnOnce() -> R + Send) -> PyResult<R> {
+    py.detach(|| memory::enough(f)).map_err(|NoMemory(bytes)| {
+        PyMemoryError::new_err(format!("there is no memory for {bytes} bytes"))
+    })
 }
 
 impl From<ShapeError> for PyErr {

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 
-use super::{View, array};
+use super::{View, array, detached};
+use crate::memory;
 use crate::net;
 use crate::parallel::Threads;
 
@@ -58,7 +59,7 @@ impl Network {
     }
 
     /// The clean image (C, H, W) of a noisy one, float32, in tiles of `tile` pixels a side (0: the
-    /// whole image).
+    /// whole image). Ctrl-C is heard between tiles.
     #[pyo3(signature = (image, tile, threads))]
     fn denoise<'py>(
         &self,
@@ -75,8 +76,18 @@ impl Network {
             )));
         };
         let (data, threads) = (image.slice(), Threads::Own(threads));
-        let clean =
-            py.detach(|| self.network.denoise(data, c, h, w, tile, threads)).map_err(error)?;
-        array(py, clean, image.shape())
+        let mut interrupted = None;
+        let goes_on =
+            || Python::attach(|py| py.check_signals()).map_err(|e| interrupted = Some(e)).is_ok();
+        let clean = detached(py, || {
+            let mut clean = memory::filled(data.len(), 0.0);
+            let done =
+                self.network.denoise_into(data, [c, h, w], tile, threads, &mut clean, goes_on);
+            done.map(|()| clean)
+        })?;
+        if let Some(error) = interrupted {
+            return Err(error);
+        }
+        array(py, clean.map_err(error)?, image.shape())
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use super::{Number, View, by_dtype, disjoint};
+use super::{Number, View, by_dtype, detached, disjoint};
 use crate::kernels::activation::Gate;
 use crate::ops::{
     self, BatchStats, Norm, Pointwise, PointwiseGradients, Running, Variant, XUnit, XUnitGradients,
@@ -270,7 +270,7 @@ fn forward<'py, T: Number>(
             stats2: norm2.as_ref().and_then(|norm| norm.batch_stats()),
         }
     };
-    py.detach(|| ops::xunit_forward(&unit, batch, x, output, Threads::Host(threads)))?;
+    detached(py, || ops::xunit_forward(&unit, batch, x, output, Threads::Host(threads)))??;
     Ok(())
 }
 
@@ -402,6 +402,6 @@ fn backward<'py, T: Number>(
         }
     };
     let (grad, threads) = (grad.unwrap_or_default(), Threads::Host(threads));
-    py.detach(|| ops::xunit_backward(&unit, batch, grad, saved, gradients, threads))?;
+    detached(py, || ops::xunit_backward(&unit, batch, grad, saved, gradients, threads))??;
     Ok(())
 }
