@@ -79,6 +79,13 @@ fn pool(threads: usize) -> Option<&'static ThreadPool> {
     }
 }
 
+/// Has done what rayon does once in a process.
+pub fn warm_up() {
+    if let Ok(pool) = ThreadPoolBuilder::new().num_threads(1).build() {
+        pool.install(|| (0..2).into_par_iter().with_max_len(1).for_each(|_| ()));
+    }
+}
+
 /// How many threads an operation may use, and whose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Threads {

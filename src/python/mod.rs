@@ -37,10 +37,15 @@ mod _core {
 
     /// A misspelt XUNIT_ISA or XUNIT_NUM_THREADS must not pass unnoticed.
     #[pymodule_init]
-    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         use pyo3::exceptions::PyValueError;
         crate::simd::requested().map_err(PyValueError::new_err)?;
         crate::parallel::requested_threads().map_err(PyValueError::new_err)?;
+        // What is made once a process is made now: a child that is forked while another thread is at
+        // it would wait for ever.
+        let array = super::array(module.py(), vec![0.0f32], &[1])?;
+        let _ = array.cast::<numpy::PyArrayDyn<f64>>().is_ok();
+        crate::parallel::warm_up();
         Ok(())
     }
 }
