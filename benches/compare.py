@@ -59,7 +59,7 @@ from typing import Any, NamedTuple
 
 import peak_memory
 import torch
-from suites import SUITES, Case, Group, Options, Shape, cases, convolutions
+from suites import SUITES, Call, Case, Group, Options, Shape, cases, convolutions
 from torch import Tensor
 
 from xunit_rs import __version__, _core
@@ -129,24 +129,31 @@ class Limits:
 
 
 def check(case: Case, group: Group) -> None:
-    """All contenders' results are equal, to 1 %: a missing row or column would show.
+    """Our results are PyTorch's, to 1 %, or to three times what its layouts differ by themselves:
+    a missing row or column would show.
 
     In the norm: where a ReLU's input is within rounding of zero, single elements of a gradient may
     differ by all they are. A gradient whose exact value is zero (of a bias ahead of a BatchNorm) is
-    rounding alone, and held against the largest of the others. Not closer, because PyTorch itself,
-    with channels_last and BatchNorm on one thread, is 2e-3 away from float64, and further in whole
-    networks. Accuracy is the matter of parity.py.
+    rounding alone, and held against the largest of the others. Not closer, because PyTorch itself
+    is 2e-3 away from float64 in the gradients of a whole xDnCNN, as we are (1.8e-3 and 1.5e-3 in
+    the first weight), and of a unit in channels_last on one thread. Accuracy is the matter of
+    parity.py.
     """
     reference = group.peers["NCHW"]()
     norms = [norm(t) for t in reference]
     floor = 0.1 * max(norms)
-    for name, call in (group.peers | group.ours).items():
-        for i, (t, expected, size) in enumerate(zip(call(), reference, norms, strict=True)):
-            error = norm(t - expected) / max(size, floor)
-            if not error < 1e-2:  # NaN fails
-                name = name.strip() or "ours"
+
+    def errors(call: Call) -> list[float]:
+        pairs = zip(call(), reference, norms, strict=True)
+        return [norm(t - expected) / max(size, floor) for t, expected, size in pairs]
+
+    allowed = max(1e-2, 3 * max(e for call in group.peers.values() for e in errors(call)))
+    for name, call in group.ours.items():
+        for i, error in enumerate(errors(call)):
+            if not error <= allowed:  # NaN fails
                 raise SystemExit(
-                    f"{case.operation} {case.shape}: {name} is wrong by {error:.1e} in result {i}"
+                    f"{case.operation} {case.shape}: {name.strip() or 'ours'} is wrong by "
+                    f"{error:.1e} in result {i}"
                 )
 
 

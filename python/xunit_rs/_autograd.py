@@ -95,8 +95,11 @@ def depthwise_conv2d(
         return fallback()
     if x.numel() == 0:
         return fallback()
+    graph = _needs_graph((x, *parameters))
+    if backend == "auto" and not graph and _is_torchs(x):
+        return fallback()
     call = _Conv(stride, padding, dilation, _autocast_dtype(x.dtype))
-    if _needs_graph((x, *parameters)):
+    if graph:
         result: Tensor = _DepthwiseConv2d.apply(x, weight, bias, call)
         return result
     return _conv_forward(x, weight, bias, call)
@@ -127,6 +130,11 @@ def xunit(
     if x.numel() == 0:
         return fallback()
 
+    affine = [t for bn in norms for t in (bn[:2] if bn is not None else (None, None))]
+    inputs = (*operands, *affine)
+    graph = _needs_graph(inputs)
+    if backend == "auto" and not graph and _is_torchs(x):
+        return fallback()
     values = x.numel() // x.shape[1]
     for bn, live in zip(norms, training, strict=True):
         if values == 1 and bn is not None and (live or bn.running_mean is None):
@@ -134,10 +142,8 @@ def xunit(
                 f"Expected more than 1 value per channel when training, got input size {x.size()}"
             )
     frozen = tuple(_resolve(bn, live) for bn, live in zip(norms, training, strict=True))
-    affine = [t for bn in norms for t in (bn[:2] if bn is not None else (None, None))]
-    inputs = (*operands, *affine)
     call = _Unit(variant, gate, frozen)
-    if _needs_graph(inputs):
+    if graph:
         out: Tensor = _XUnit.apply(*inputs, call)
     else:
         out, _, _ = _unit_forward(inputs, call, save=False)
@@ -210,6 +216,20 @@ def _not_plain(t: Tensor) -> str | None:
     return None
 
 
+def _is_torchs(x: Tensor) -> bool:
+    """Whether torch is faster in a pass without gradients: on large tensors in channels_last.
+
+    The kernels work on planes, so that x and the result are copied from one layout to the other:
+    0.2 to 0.5 times torch's speed at 16×64×64×64, k = 7 (benches/compare.py). With gradients they
+    are 2 times as fast all the same.
+    """
+    return not x.is_contiguous() and _is_channels_last(x) and x.numel() >= 1 << 16
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    return t.is_contiguous(memory_format=torch.channels_last)
+
+
 def _needs_graph(tensors: Sequence[Vector]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -257,7 +277,7 @@ def _given_back(t: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     """`t` as a tensor of `dtype`, channels_last if `like` is."""
     if t.dtype is not dtype:
         t = t.to(dtype)
-    if not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last):
+    if not like.is_contiguous() and _is_channels_last(like):
         t = t.contiguous(memory_format=torch.channels_last)
     return t
 
