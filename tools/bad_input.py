@@ -571,6 +571,7 @@ add(
         t(1, 1, 1, 1),
         stride=1 << 23,
         padding=1 << 23,
+        backend="rust",
     ),
 )
 
