@@ -1,8 +1,8 @@
 """The operations as functions on torch tensors: fused Rust kernels where they apply.
 
 ``backend="auto"`` runs the Rust kernels on plain CPU tensors, where they win, and
-:mod:`xunit_rs.reference` on everything else; ``"torch"`` always runs the reference; ``"rust"`` raises
-where the kernels do not apply and says why. All are differentiable to any order.
+:mod:`xunit_rs.reference` on everything else; ``"torch"`` always runs the reference; ``"rust"``
+raises where the kernels do not apply and says why. All are differentiable to any order.
 """
 
 from __future__ import annotations
