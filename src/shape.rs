@@ -127,7 +127,7 @@ impl Geometry {
             ));
         }
         let (oh, ow) = ((ph - eh) / stride[0] + 1, (pw - ew) / stride[1] + 1);
-        // Bounds the output, and the padded planes with the slack of `row_stride`.
+        // Bounds the output, and the padded planes with the slack of a window's rows.
         Batch::new(&[input.n, input.c, oh, ow])?;
         Batch::new(&[1, 1, ph + 64, pw + 1024])?;
         Ok(Self { conv, input, oh, ow, ph, pw })

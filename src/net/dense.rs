@@ -7,9 +7,9 @@
 //! that neither threads nor the place in the image change a bit.
 //!
 //! Measured on whole networks (2018, 8 blocks of 64 features, 9 × 9, 256 × 256 pixels, a Xeon with
-//! AVX-512, busy with other work; user time a run, mean of ten, three interleaved repeats): 261 ms
+//! AVX-512; user time a run, mean of ten, three interleaved repeats): 261 ms
 //! against 493 ms with k · k shifted calls of matrixmultiply's sgemm per panel. sgemm after im2col
-//! took 1.4 times as long as the shifted calls (wall time, one run of five, idle machine).
+//! took 1.4 times as long as the shifted calls (wall time, one run of five).
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
