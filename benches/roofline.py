@@ -96,7 +96,8 @@ def figure(document: dict[str, Any], contender: str) -> Any:
     rows = [
         row
         for row in document["rows"]
-        if row["contender"] == contender
+        if row["suite"] in ("kernels", "modules")
+        and row["contender"] == contender
         and not row.get("between")
         and panel_of(row) is not None
         and row["ours_ms"] > 0
