@@ -1,5 +1,8 @@
 //! Times of the operations on one thread: `cargo bench`.
 
+mod common;
+
+use common::noise;
 use divan::{Bencher, counter::ItemsCount};
 use xunit_rs::kernels::activation::Gate;
 use xunit_rs::ops::{
@@ -15,16 +18,6 @@ const ONE: Threads = Threads::Own(1);
 
 fn main() {
     divan::main();
-}
-
-/// Values of both signs and of no pattern that a kernel could profit from.
-fn noise(len: usize) -> Vec<f32> {
-    let mut state = 1u32;
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..len).map(|_| next()).collect()
 }
 
 fn geometry(k: usize) -> Geometry {

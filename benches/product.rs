@@ -3,6 +3,9 @@
 //!
 //! C channels, n pixels of a plane of 64 × 64.
 
+mod common;
+
+use common::noise;
 use divan::{Bencher, counter::ItemsCount};
 use matrixmultiply::sgemm;
 use xunit_rs::kernels::product::{Columns, Inner, Packed, Rows, RowsMut, Start};
@@ -23,16 +26,6 @@ const SHAPES: [(usize, usize); 8] = [
     (128, 1024),
     (128, 4096),
 ];
-
-/// Values of both signs and of no pattern that a kernel could profit from.
-fn noise(len: usize) -> Vec<f32> {
-    let mut state = 1u32;
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..len).map(|_| next()).collect()
-}
 
 fn flops((c, n): (usize, usize)) -> ItemsCount {
     ItemsCount::new(2 * c * c * n)

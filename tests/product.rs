@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Noise, cast, nan, spread, tolerance};
+use common::{Noise, cast, first_apart, nan, spread, tolerance};
 use xunit_rs::kernels::product::{Columns, Inner, Packed, Rows, RowsMut, Start};
 use xunit_rs::simd::{Scalar, available};
 
@@ -38,16 +38,7 @@ impl Failures {
     fn check<T: Scalar>(&mut self, got: &[T], want: &[f64], scale: f64, case: &str) {
         assert_eq!(got.len(), want.len());
         let bound = tolerance::<T>() * scale;
-        let bad = got.iter().zip(want).position(|(got, &want)| {
-            let got = got.to_f64();
-            let agree = if want.is_finite() {
-                (got - want).abs() <= bound
-            } else {
-                got == want || got.is_nan() && want.is_nan()
-            };
-            !agree
-        });
-        if let Some(i) = bad {
+        if let Some(i) = first_apart(got, want, bound) {
             let (got, want) = (got[i], want[i]);
             self.0.push(format!("{case}: element {i} is {got:?}, should be {want}, ± {bound:e}"));
         }

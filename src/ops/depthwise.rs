@@ -60,7 +60,6 @@ pub fn depthwise_backward<T: Scalar>(
     optional_len("weight's gradient", gweight.as_deref(), input.c * taps)?;
     optional_len("bias's gradient", gbias.as_deref(), input.c)?;
     let per_channel = |w: usize| Batch { n: 1, c: input.c, h: 1, w };
-    let grads = grad;
     let gx = gx.map(|gx| Planes::new(gx, input));
     let gweight = gweight.map(|gweight| Planes::new(gweight, per_channel(taps)));
     let gbias = gbias.map(|gbias| Planes::new(gbias, per_channel(1)));
@@ -71,17 +70,17 @@ pub fn depthwise_backward<T: Scalar>(
         let mut transposed = gx.is_some().then(|| Transposed::new(geometry, weight));
         let mut window = gweight.is_some().then(|| Window::new(geometry));
         for n in 0..input.n {
-            let grad = plane(grads, output, n, c);
+            let at = plane(grad, output, n, c);
             if gbias.is_some() {
-                sum_bias += grad.iter().map(|g| g.to_f64()).sum::<f64>();
+                sum_bias += at.iter().map(|g| g.to_f64()).sum::<f64>();
             }
             if let Some(window) = &mut window {
-                weight_gradient(geometry, window, grad, plane(x, input, n, c), &mut sum);
+                weight_gradient(geometry, window, at, plane(x, input, n, c), &mut sum);
             }
             if let (Some(transposed), Some(gx)) = (&mut transposed, &gx) {
-                let next = if n + 1 < input.n { plane(grads, output, n + 1, c) } else { &[] };
+                let next = if n + 1 < input.n { plane(grad, output, n + 1, c) } else { &[] };
                 // SAFETY: this task alone names channel c.
-                transposed.run(grad, next, unsafe { gx.plane(n, c) });
+                transposed.run(at, next, unsafe { gx.plane(n, c) });
             }
         }
         if let Some(gweight) = &gweight {

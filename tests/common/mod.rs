@@ -101,7 +101,15 @@ pub fn close_beside<'a, T: Scalar>(
     assert_eq!(got.len(), want.len(), "{}: length", case());
     let finite = want.iter().filter(|x| x.is_finite());
     let bound = tolerance::<T>() * finite.fold(scale, |m, x| m.max(x.abs()));
-    let bad = got.iter().zip(&want).position(|(got, &want)| {
+    if let Some(i) = first_apart(got, &want, bound) {
+        panic!("{}: element {i} is {:?}, should be {}, ± {bound:e}", case(), got[i], want[i]);
+    }
+}
+
+/// The first element that is further than `bound` from a finite one of `want`, or is not the NaN or
+/// infinity that is wanted.
+pub fn first_apart<T: Scalar>(got: &[T], want: &[f64], bound: f64) -> Option<usize> {
+    got.iter().zip(want).position(|(got, &want)| {
         let got = got.to_f64();
         let agree = if want.is_finite() {
             (got - want).abs() <= bound
@@ -109,10 +117,7 @@ pub fn close_beside<'a, T: Scalar>(
             got == want || got.is_nan() && want.is_nan()
         };
         !agree
-    });
-    if let Some(i) = bad {
-        panic!("{}: element {i} is {:?}, should be {}, ± {bound:e}", case(), got[i], want[i]);
-    }
+    })
 }
 
 /// Runs `body` on every instruction set of the machine, as operations choose it: once a process.
