@@ -380,3 +380,16 @@ scalar!(f64, |isa, TILE| {
 pub fn dispatch<T: Scalar, K: Kernel<T>>(kernel: K) -> K::Output {
     T::dispatch(selected(), kernel)
 }
+
+/// The lanes of a vector of the [`selected`] instruction set.
+pub fn selected_lanes<T: Scalar>() -> usize {
+    struct Lanes;
+    impl<T: Scalar> Kernel<T> for Lanes {
+        type Output = usize;
+        #[inline(always)]
+        fn run<S: Simd<T>>(self, simd: S) -> usize {
+            simd.lanes()
+        }
+    }
+    dispatch::<T, _>(Lanes)
+}

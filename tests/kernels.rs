@@ -10,7 +10,7 @@ use xunit_rs::kernels::activation::{
     AddFinished, Affine, Apply, Fill, FillGradient, Finish, Gate, GateGradient, NormGradient,
     ReluGradient, Sums,
 };
-use xunit_rs::kernels::{conv, general};
+use xunit_rs::kernels::{MAX_LANES, conv, general};
 use xunit_rs::reference;
 use xunit_rs::shape::{Batch, Conv, Geometry};
 use xunit_rs::simd::{Scalar, available};
@@ -127,16 +127,18 @@ fn convolution_in<T: Scalar>(
         let (input, weight) = (&input[..], &weight[..]);
         let kernel = (kh, kw);
         let next = &input[..input.len().min(oh * 40)];
-        let job = conv::Forward { input, ld, weight, bias, out: &mut out, kernel, ow, next };
+        let (bias, out, block) = (&[bias][..], &mut out[..], 1);
+        let job = conv::Forward { input, ld, weight, bias, out, kernel, ow, block, next };
         T::dispatch(isa, job);
-        near(&out, y, || format!("forward, {}", case()));
+        near(out, y, || format!("forward, {}", case()));
         for grad_ld in [ow, ow + 5] {
             let grad = spread(&flat::<T, _>(grad), ow, grad_ld);
             // Sums go on top of what is there.
             let mut sum = vec![1.0; kh * kw];
             let (grad, out) = (&grad[..], (oh, ow));
             let sum_of = &mut sum;
-            let job = conv::WeightGradient { grad, grad_ld, input, ld, sum: sum_of, kernel, out };
+            let (sum, block) = (sum_of, 1);
+            let job = conv::WeightGradient { grad, grad_ld, input, ld, sum, kernel, out, block };
             T::dispatch(isa, job);
             let sum: Vec<T> = sum.iter().map(|&sum| T::from_f64(sum)).collect();
             let want = gweight.mapv(|g| g + 1.0);
@@ -146,67 +148,71 @@ fn convolution_in<T: Scalar>(
 }
 
 #[test]
-fn convolution_of_any_geometry() {
-    let mut noise = Noise::new(5);
-    for w in 1..=40 {
-        for stride in [[1, 1], [2, 2], [3, 3], [1, 3], [2, 1]] {
-            for dilation in [[1, 1], [2, 2], [3, 1], [1, 3], [3, 3]] {
-                let (kh, kw) = KERNELS[noise.below(13)];
-                let padding = [(); 4].map(|()| noise.below(4));
-                let conv = Conv { kh, kw, stride, padding, dilation };
-                let input = Batch::new(&[1, 1, 1 + noise.below(12), w]).unwrap();
-                let Ok(geometry) = Geometry::new(input, conv) else { continue };
-                let spoil = noise.below(3) == 0;
-                general_of(&mut noise, &geometry, spoil);
-            }
+fn convolution_by_taps() {
+    for ow in widths() {
+        for spoil in [false, true] {
+            let mut noise = Noise::new(ow as u64 + 5);
+            let (oh, step) = (1 + noise.below(11), noise.below(2 * ow + 40));
+            // Zero to twenty: every remainder of the weight gradient's groups.
+            let offsets: Vec<_> = (0..ow % 21).map(|_| noise.below(3 * step + 50)).collect();
+            taps_of(&mut noise, (oh, ow), step, &offsets, spoil);
         }
     }
 }
 
-fn general_of(noise: &mut Noise, geometry: &Geometry, spoil: bool) {
-    let Geometry { conv, ph, pw, oh, ow, .. } = *geometry;
-    let (mut input, mut grad) = (noise.vec(ph * pw), noise.vec(oh * ow));
+fn taps_of(
+    noise: &mut Noise,
+    (oh, ow): (usize, usize),
+    step: usize,
+    offsets: &[usize],
+    spoil: bool,
+) {
+    let used = (oh - 1) * step + offsets.iter().max().unwrap_or(&0) + ow;
+    let (mut input, mut grad) = (noise.vec(used), noise.vec(oh * ow));
     if spoil {
         noise.spoil(&mut input);
         noise.spoil(&mut grad);
     }
-    let weight = noise.array((1, conv.kh, conv.kw));
-    let bias = Array1::from_elem(1, noise.next());
-    // The kernels see padded planes, so the twin sees them as planes without padding.
-    let unpadded = Conv { padding: [0; 4], ..conv };
-    let (x, g) = (one(input, ph, pw), one(grad, oh, ow));
-    let y = reference::depthwise(&x, &weight, Some(&bias), &unpadded);
-    let (gx, gweight, _) = reference::depthwise_backward(&g, &x, &weight, &unpadded);
-    general_in::<f32>(geometry, &x, &weight, bias[0], &y, &g, (&gx, &gweight));
-    general_in::<f64>(geometry, &x, &weight, bias[0], &y, &g, (&gx, &gweight));
+    let (weight, bias) = (noise.vec(offsets.len()), noise.next());
+    let at = |offset: usize, pixel: usize| input[pixel / ow * step + offset + pixel % ow];
+    let want: Vec<f64> = (0..oh * ow)
+        .map(|pixel| {
+            let taps = offsets.iter().zip(&weight);
+            bias + taps.map(|(&offset, w)| w * at(offset, pixel)).sum::<f64>()
+        })
+        .collect();
+    let want_sum: Vec<f64> = offsets
+        .iter()
+        .map(|&offset| 1.0 + grad.iter().enumerate().map(|(i, g)| g * at(offset, i)).sum::<f64>())
+        .collect();
+    taps_in::<f32>(&input, step, offsets, (&weight, bias), &grad, ow, (&want, &want_sum));
+    taps_in::<f64>(&input, step, offsets, (&weight, bias), &grad, ow, (&want, &want_sum));
 }
 
-fn general_in<T: Scalar>(
-    geometry: &Geometry,
-    x: &Array4<f64>,
-    weight: &Array3<f64>,
-    bias: f64,
-    y: &Array4<f64>,
-    grad: &Array4<f64>,
-    (gx, gweight): (&Array4<f64>, &Array3<f64>),
+fn taps_in<T: Scalar>(
+    input: &[f64],
+    step: usize,
+    offsets: &[usize],
+    (weight, bias): (&[f64], f64),
+    grad: &[f64],
+    ow: usize,
+    (want, want_sum): (&[f64], &[f64]),
 ) {
-    let (input, weight, grad) = (&flat::<T, _>(x)[..], &flat::<T, _>(weight)[..], &flat(grad)[..]);
+    let used = cast::<T>(input);
+    let padded = [&used[..], &nan::<T>(MAX_LANES)[..]].concat();
+    let grad = &cast::<T>(grad)[..];
+    let taps: Vec<_> = offsets.iter().copied().zip(cast::<T>(weight)).collect();
     for isa in available() {
-        let case = || format!("{} {isa}: {geometry:?}", size_of::<T>());
-        let mut out = nan::<T>(y.len());
-        let bias = T::from_f64(bias);
-        let ld = geometry.pw;
-        T::dispatch(isa, general::Forward { geometry, input, ld, weight, bias, out: &mut out });
-        near(&out, y, || format!("forward, {}", case()));
-        let mut padded = vec![T::ZERO; gx.len()];
-        let job = general::InputGradient { geometry, grad, weight, padded: &mut padded, ld };
+        let case = || format!("{} {isa}: {ow} wide, step {step}, {offsets:?}", size_of::<T>());
+        let (mut out, bias) = (nan::<T>(grad.len()), T::from_f64(bias));
+        let job = general::Forward { input: &padded, step, taps: &taps, bias, out: &mut out, ow };
         T::dispatch(isa, job);
-        near(&padded, gx, || format!("input gradient, {}", case()));
-        let mut sum = vec![1.0; gweight.len()];
-        let job = general::WeightGradient { geometry, grad, input, ld, sum: &mut sum };
+        near(&out, want, || format!("forward, {}", case()));
+        let mut sum = vec![1.0; offsets.len()];
+        let job = general::WeightGradient { grad, ow, input: &used, step, offsets, sum: &mut sum };
         T::dispatch(isa, job);
         let sum: Vec<T> = sum.iter().map(|&sum| T::from_f64(sum)).collect();
-        near(&sum, &gweight.mapv(|g| g + 1.0), || format!("weight gradient, {}", case()));
+        near(&sum, want_sum, || format!("weight gradient, {}", case()));
     }
 }
 

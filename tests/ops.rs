@@ -7,13 +7,14 @@ use common::owned::{
     XUnitForward, XUnitGradients, depthwise_backward, depthwise_forward, xunit_backward,
     xunit_forward,
 };
-use common::{Noise, close, close_beside, flat, on_every_isa, same_bits};
-use ndarray::{Array4, s};
+use common::{Noise, close, close_beside, flat, nan, on_every_isa, same_bits};
+use ndarray::{Array1, Array3, Array4, s};
 use xunit_rs::kernels::activation::Gate;
-use xunit_rs::ops::{Norm, Pointwise, Variant, XUnit, XUnitSaved};
+use xunit_rs::ops::{self, DepthwiseGradients, Norm, Pointwise, Variant, XUnit, XUnitSaved};
+use xunit_rs::parallel::Threads;
 use xunit_rs::reference::{self, Stats};
 use xunit_rs::shape::{Batch, Conv, Geometry, ShapeError};
-use xunit_rs::simd::Scalar;
+use xunit_rs::simd::{self, Scalar};
 
 const VARIANTS: [Variant; 3] = [Variant::Full, Variant::Slim, Variant::Dense];
 const GATES: [Gate; 2] = [Gate::Sigmoid, Gate::Gaussian];
@@ -483,6 +484,94 @@ fn depthwise_has_the_same_bits_at_every_thread_count() {
                 threads_in::<f64>(&geometry, &mut noise);
             }
         }
+    }
+}
+
+/// (N, C, H, W) in the order (N, H, W, C).
+fn channels_last<T: Scalar>(array: &Array4<f64>) -> Vec<T> {
+    flat(&array.view().permuted_axes([0, 2, 3, 1]).to_owned())
+}
+
+#[test]
+fn depthwise_in_channels_last() {
+    fn check_in<T: Scalar>(geometry: &Geometry, noise: &mut Noise, spoil: bool) {
+        let Geometry { input, conv, .. } = *geometry;
+        let (output, taps) = (geometry.output(), conv.kh * conv.kw);
+        let mut spoilt = |dims: [usize; 4]| {
+            let mut values = noise.vec(dims.iter().product());
+            if spoil {
+                noise.spoil(&mut values);
+            }
+            Array4::from_shape_vec(dims, values).unwrap()
+        };
+        let (x, grad) = (spoilt(input.dims()), spoilt(output.dims()));
+        let weight: Array3<f64> = noise.array((input.c, conv.kh, conv.kw));
+        let bias: Array1<f64> = noise.array(input.c);
+        let y = reference::depthwise(&x, &weight, Some(&bias), &conv);
+        let (gx, gweight, gbias) = reference::depthwise_backward(&grad, &x, &weight, &conv);
+        let (x, grad) = (channels_last::<T>(&x), channels_last::<T>(&grad));
+        let (weight, bias) = (flat::<T, _>(&weight), flat::<T, _>(&bias));
+        let case = || format!("{} {} {geometry:?}", size_of::<T>(), simd::selected());
+        for threads in [1, 3] {
+            let threads = Threads::Own(threads);
+            let mut got = nan::<T>(output.size());
+            ops::depthwise_forward_channels_last(
+                geometry,
+                &x,
+                &weight,
+                Some(&bias),
+                &mut got,
+                threads,
+            )
+            .unwrap();
+            close_beside(&got, &channels_last::<f64>(&y), 1.0, || format!("y, {}", case()));
+            let (mut of_x, mut of_weight) = (nan::<T>(input.size()), nan::<T>(input.c * taps));
+            let mut of_bias = nan::<T>(input.c);
+            let gradients = DepthwiseGradients {
+                x: Some(&mut of_x),
+                weight: Some(&mut of_weight),
+                bias: Some(&mut of_bias),
+            };
+            ops::depthwise_backward_channels_last(geometry, &grad, &x, &weight, gradients, threads)
+                .unwrap();
+            close_beside(&of_x, &channels_last::<f64>(&gx), 1.0, || format!("gx, {}", case()));
+            close_beside(&of_weight, &gweight, 1.0, || format!("gweight, {}", case()));
+            close_beside(&of_bias, &gbias, 1.0, || format!("gbias, {}", case()));
+        }
+    }
+    on_every_isa("depthwise_in_channels_last", || {
+        let mut noise = Noise::new(77);
+        for c in (1..=33).chain([40, 64]) {
+            let k = [1, 2, 3, 5, 7, 9][c % 6];
+            let kw = [1, 3, 4, 7][c % 4];
+            let mut extent = || 1 + noise.below(17);
+            let input = Batch::new(&[1 + c % 2, c, k + extent(), kw + extent()]).unwrap();
+            let mut below = |k: usize| noise.below(k);
+            let padding = [below(k), below(k), below(kw), below(kw)];
+            let conv = Conv { kh: k, kw, stride: [1, 1], padding, dilation: [1, 1] };
+            let geometry = Geometry::new(input, conv).unwrap();
+            check_in::<f32>(&geometry, &mut noise, c % 3 == 0);
+            check_in::<f64>(&geometry, &mut noise, c % 3 == 0);
+        }
+        // Several strips.
+        let tall = Batch::new(&[1, 17, 300, 40]).unwrap();
+        let geometry = Geometry::new(tall, Conv::same(7).unwrap()).unwrap();
+        check_in::<f32>(&geometry, &mut noise, false);
+    });
+    let input = Batch::new(&[1, 2, 9, 9]).unwrap();
+    let same = Conv::same(3).unwrap();
+    for conv in [
+        Conv { stride: [2, 1], ..same },
+        Conv { dilation: [1, 2], ..same },
+        Conv { padding: [3, 0, 0, 0], ..same },
+    ] {
+        let geometry = Geometry::new(input, conv).unwrap();
+        let mut y = vec![0.0; geometry.output().size()];
+        let (x, weight) = (vec![0.0; input.size()], vec![0.0; 18]);
+        let threads = Threads::Own(1);
+        let result =
+            ops::depthwise_forward_channels_last(&geometry, &x, &weight, None, &mut y, threads);
+        refused(result, &["channels_last"]);
     }
 }
 

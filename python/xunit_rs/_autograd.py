@@ -96,11 +96,9 @@ def depthwise_conv2d(
     if x.numel() == 0:
         return fallback()
     graph = _needs_graph((x, *parameters))
-    # Torch is up to 10 times as fast as the plain loops for other strides (benches/compare.py).
-    plain_loops = stride != (1, 1) or dilation != (1, 1)
-    if backend == "auto" and (plain_loops or (not graph and _is_torchs(x))):
-        return fallback()
     call = _Conv(stride, padding, dilation, _autocast_dtype(x.dtype))
+    if backend == "auto" and _is_torchs_conv(x, weight, call, graph):
+        return fallback()
     if graph:
         result: Tensor = _DepthwiseConv2d.apply(x, weight, bias, call)
         return result
@@ -221,11 +219,23 @@ def _not_plain(t: Tensor) -> str | None:
 def _is_torchs(x: Tensor) -> bool:
     """Whether torch is faster in a pass without gradients: on large tensors in channels_last.
 
-    The kernels work on planes, so that x and the result are copied from one layout to the other:
-    0.2 to 0.5 times torch's speed at 16×64×64×64, k = 7 (benches/compare.py). With gradients they
-    are 2 times as fast all the same.
+    Those of the xUnits work on planes, so that x and the result are copied from one layout to the
+    other: 0.2 to 0.5 times torch's speed at 16×64×64×64, k = 7 (benches/compare.py). With gradients
+    they are 2 times as fast all the same.
     """
     return not x.is_contiguous() and _is_channels_last(x) and x.numel() >= 1 << 16
+
+
+def _is_torchs_conv(x: Tensor, weight: Tensor, call: _Conv, graph: bool) -> bool:
+    """Whether torch is faster: on large tensors in channels_last, if the kernel is small or strided.
+
+    At 16×64×64×64 ours takes 1.3 times as long for k = 3, and for k = 5 without gradients, and 2 to
+    8 times with strides; 0.3 to 0.9 times for k of 7 and more, and for k = 5 with gradients.
+    """
+    if x.is_contiguous() or not _is_channels_last(x) or x.numel() < 1 << 16:
+        return False
+    taps = weight.shape[2] * weight.shape[3]
+    return not _in_channels_last(x, weight, call) or taps < (25 if graph else 49)
 
 
 def _is_channels_last(t: Tensor) -> bool:
@@ -302,18 +312,39 @@ def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Conv) -
         + 1
         for i, k in enumerate(weight.shape[2:])
     )
-    y = torch.empty((*x.shape[:2], *size), dtype=dtype)
+    last = _in_channels_last(x, weight, call)
+    layout = torch.channels_last if last else torch.contiguous_format
+    y = torch.empty((*x.shape[:2], *size), dtype=dtype, memory_format=layout)
     _core.depthwise_conv2d(
-        _ready(x, dtype),
+        _ready(_in_order(x, last), dtype),
         _ready(weight, dtype),
         _optional(bias, dtype),
         call.stride,
         call.padding,
         call.dilation,
-        _to_write(y),
+        _to_write(_in_order(y, last)),
         torch.get_num_threads(),
+        last,
     )
     return _given_back(y, x, call.out_dtype)
+
+
+def _in_channels_last(x: Tensor, weight: Tensor, call: _Conv) -> bool:
+    """Whether the kernels for channels_last take this call."""
+    top, bottom, left, right = call.padding
+    return (
+        call.stride == (1, 1)
+        and call.dilation == (1, 1)
+        and max(top, bottom) < weight.shape[2]
+        and max(left, right) < weight.shape[3]
+        and not x.is_contiguous()
+        and _is_channels_last(x)
+    )
+
+
+def _in_order(t: Tensor | None, last: bool) -> Any:
+    """(N, C, H, W), or with `last` (N, H, W, C)."""
+    return t.permute(0, 2, 3, 1) if last and t is not None else t
 
 
 class _DepthwiseConv2d(torch.autograd.Function):
@@ -339,17 +370,21 @@ class _DepthwiseConv2d(torch.autograd.Function):
             _empty(t, dtype) if need and t is not None else None
             for t, need in zip(saved, needs, strict=True)
         ]
+        last = _in_channels_last(x, weight, call)
+        if last and grads[0] is not None:
+            grads[0] = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
         _core.depthwise_conv2d_backward(
-            _ready(grad, dtype),
-            _ready(x, dtype),
+            _ready(_in_order(grad, last), dtype),
+            _ready(_in_order(x, last), dtype),
             _ready(weight, dtype),
             call.stride,
             call.padding,
             call.dilation,
-            _to_write(grads[0]),
+            _to_write(_in_order(grads[0], last)),
             _to_write(grads[1]),
             _to_write(grads[2]),
             torch.get_num_threads(),
+            last,
         )
         return *_gradients(grads, saved, needs), None
 

@@ -39,6 +39,7 @@ def depthwise_conv2d(
     dilation: tuple[int, int],
     out: _Array,
     threads: int,
+    channels_last: bool = False,
 ) -> None: ...
 def depthwise_conv2d_backward(
     grad: _Array,
@@ -51,6 +52,7 @@ def depthwise_conv2d_backward(
     gweight: _Array | None,
     gbias: _Array | None,
     threads: int,
+    channels_last: bool = False,
 ) -> None: ...
 def xunit_forward(
     variant: str,

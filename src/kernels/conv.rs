@@ -5,12 +5,19 @@
 //! input: a loaded vector feeds up to six output rows, a broadcast tap all vectors of a row. The
 //! input gradient is the same convolution with the taps turned by 180°. The weight gradient keeps
 //! a tile of taps in registers: a loaded vector of input meets the gradients of up to three rows.
+//!
+//! Both take planes, or blocks of as many channels as a vector has lanes, pixel by pixel: a block is
+//! a plane `block` times as wide whose taps lie `block` elements apart and are vectors themselves.
+//! All loads of a block are aligned.
+
+use std::marker::PhantomData;
 
 use super::MAX_LANES;
 use crate::simd::{Kernel, Scalar, Simd};
 
 /// Elements of a row of the padded plane that the kernels may read: `ow` outputs rounded up to
-/// whole vectors, and the taps beyond the last one.
+/// whole vectors, and the taps beyond the last one. Of a block, ow and kw − 1 are `block` times the
+/// pixels.
 pub fn row_length(ow: usize, kw: usize) -> usize {
     ow.next_multiple_of(MAX_LANES) + kw - 1
 }
@@ -20,13 +27,17 @@ pub struct Forward<'a, T> {
     /// (oh + kh − 1) rows of [`row_length`] elements, `ld` apart.
     pub input: &'a [T],
     pub ld: usize,
-    /// kh × kw taps.
+    /// kh × kw taps, each of `block` channels.
     pub weight: &'a [T],
-    pub bias: T,
+    /// One for each channel.
+    pub bias: &'a [T],
     /// oh × ow, contiguous; every element is written.
     pub out: &'a mut [T],
     pub kernel: (usize, usize),
+    /// Elements of a row: `block` for each pixel.
     pub ow: usize,
+    /// Channels side by side: 1, or as many as the vector has lanes.
+    pub block: usize,
     /// What the caller will read next: asked for meanwhile.
     pub next: &'a [T],
 }
@@ -39,22 +50,27 @@ impl<T: Scalar> Kernel<T> for Forward<'_, T> {
         // Code for a 3 × 3 kernel is 1.05 times (AVX-512) to 1.4 times (AVX2) as fast as the loop over
         // taps; for 7 × 7 and 9 × 9 the loop is 1.3 to 1.6 times as fast as unrolled code, which
         // spills (divan bench depthwise_forward, Zen 5).
-        match self.kernel {
-            (3, 3) => forward::<T, S, 3>(simd, self),
-            _ => forward::<T, S, 0>(simd, self),
+        match (self.kernel, self.block) {
+            ((3, 3), 1) => forward::<T, S, 3, false>(simd, self),
+            (_, 1) => forward::<T, S, 0, false>(simd, self),
+            ((3, 3), _) => forward::<T, S, 3, true>(simd, self),
+            _ => forward::<T, S, 0, true>(simd, self),
         }
     }
 }
 
-/// K is the compile-time kernel extent, 0 where only run time knows it.
+/// K is the compile-time kernel extent, 0 where only run time knows it; BLOCK says whether vectors
+/// are channels.
 #[inline(always)]
-fn forward<T: Scalar, S: Simd<T>, const K: usize>(simd: S, job: Forward<'_, T>) {
+fn forward<T: Scalar, S: Simd<T>, const K: usize, const BLOCK: bool>(simd: S, job: Forward<'_, T>) {
     let (kh, kw) = if K == 0 { job.kernel } else { (K, K) };
-    let (ow, ld, lanes) = (job.ow, job.ld, simd.lanes());
+    let (ow, ld, lanes, block) = (job.ow, job.ld, simd.lanes(), job.block);
     let oh = job.out.len() / ow;
-    assert!(oh > 0 && job.out.len() == oh * ow && job.weight.len() == kh * kw);
-    assert!(job.input.len() >= (oh + kh - 2) * ld + row_length(ow, kw));
-    assert!(ld >= row_length(ow, kw));
+    assert!(block == if BLOCK { lanes } else { 1 } && ow.is_multiple_of(block));
+    assert!(oh > 0 && job.out.len() == oh * ow);
+    assert!(job.weight.len() == kh * kw * block && job.bias.len() == block);
+    let row = row_length(ow, (kw - 1) * block + 1);
+    assert!(ld >= row && job.input.len() >= (oh + kh - 2) * ld + row);
     let mut next = Ahead::new(job.next, oh.div_ceil(2));
     // Tiles of equal width, as far as whole vectors allow: a narrow last tile wastes its loads.
     let vectors = ow.div_ceil(lanes);
@@ -67,14 +83,14 @@ fn forward<T: Scalar, S: Simd<T>, const K: usize>(simd: S, job: Forward<'_, T>) 
         while y < oh {
             let rows = tile_rows(oh - y, kh);
             // SAFETY: the tile reads rows y..y + rows + kh − 1 < oh + kh and columns up to
-            // x + wide · lanes + kw − 1 ≤ row_length, and writes rows y..y + rows ≤ oh at columns
+            // x + wide · lanes + (kw − 1) · block ≤ row_length, and writes rows y..y + rows ≤ oh at columns
             // x..x + (wide − 1) · lanes + last ≤ ow: inside the slices by the assertions above.
             unsafe {
-                let tile = Tile::<T, K> {
+                let tile = Tile::<T, K, BLOCK> {
                     input: job.input.as_ptr().add(y * ld + x),
                     ld,
                     weight: job.weight.as_ptr(),
-                    bias: job.bias,
+                    bias: job.bias.as_ptr(),
                     out: job.out.as_mut_ptr().add(y * ow + x),
                     ow,
                     kh,
@@ -131,12 +147,12 @@ impl<T: Scalar> Ahead<T> {
     }
 }
 
-/// One register tile; K as in [`forward`].
-struct Tile<T, const K: usize> {
+/// One register tile; K and BLOCK as in [`forward`].
+struct Tile<T, const K: usize, const BLOCK: bool> {
     input: *const T,
     ld: usize,
     weight: *const T,
-    bias: T,
+    bias: *const T,
     out: *mut T,
     ow: usize,
     kh: usize,
@@ -145,7 +161,7 @@ struct Tile<T, const K: usize> {
     last: usize,
 }
 
-impl<T: Scalar, const K: usize> Tile<T, K> {
+impl<T: Scalar, const K: usize, const BLOCK: bool> Tile<T, K, BLOCK> {
     /// # Safety
     /// Inputs, taps and outputs of `rows` rows and C vectors must be in reach, as [`forward`] says.
     #[inline(always)]
@@ -162,6 +178,18 @@ impl<T: Scalar, const K: usize> Tile<T, K> {
         }
     }
 
+    /// Element i of a list with one for each channel, for the lanes of a vector.
+    ///
+    /// # Safety
+    /// The list must be so long.
+    #[inline(always)]
+    unsafe fn of_channel<S: Simd<T>>(simd: S, list: *const T, i: usize) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if BLOCK { simd.load(list.add(i * simd.lanes())) } else { simd.splat(*list.add(i)) }
+        }
+    }
+
     /// R rows of C vectors; kh ≥ R − 1.
     ///
     /// # Safety
@@ -169,7 +197,8 @@ impl<T: Scalar, const K: usize> Tile<T, K> {
     #[inline(always)]
     unsafe fn tile<S: Simd<T>, const C: usize, const R: usize>(&self, simd: S) {
         let kh = if K == 0 { self.kh } else { K };
-        let mut acc = [[simd.splat(self.bias); C]; R];
+        // SAFETY: there is a bias for each channel.
+        let mut acc = [[unsafe { Self::of_channel(simd, self.bias, 0) }; C]; R];
         // SAFETY: rows 0..kh + R − 1, and `row − r` < kh, as `forward` asks.
         unsafe {
             // Ramping in, row i feeds the output rows 0..=i.
@@ -233,10 +262,11 @@ impl<T: Scalar, const K: usize> Tile<T, K> {
         high: usize,
     ) {
         let kw = if K == 0 { self.kw } else { K };
+        let block = if BLOCK { simd.lanes() } else { 1 };
         for j in 0..kw {
             // SAFETY: the caller's promise.
             unsafe {
-                let input = self.input.add(row * self.ld + j);
+                let input = self.input.add(row * self.ld + j * block);
                 let mut v = [simd.splat(T::ZERO); C];
                 for (c, v) in v.iter_mut().enumerate() {
                     *v = simd.load(input.add(c * simd.lanes()));
@@ -245,7 +275,7 @@ impl<T: Scalar, const K: usize> Tile<T, K> {
                     if r < low || r >= high {
                         continue;
                     }
-                    let w = simd.splat(*self.weight.add((row - r) * kw + j));
+                    let w = Self::of_channel(simd, self.weight, (row - r) * kw + j);
                     for (acc, &v) in acc.iter_mut().zip(&v) {
                         *acc = simd.fma(w, v, *acc);
                     }
@@ -265,12 +295,16 @@ pub struct WeightGradient<'a, T> {
     /// oh rows, `grad_ld` apart.
     pub grad: &'a [T],
     pub grad_ld: usize,
-    /// (oh + kh − 1) rows of ow + kw − 1 elements, `ld` apart.
+    /// (oh + kh − 1) rows of ow + (kw − 1) · block elements, `ld` apart.
     pub input: &'a [T],
     pub ld: usize,
+    /// kh × kw taps, each of `block` channels.
     pub sum: &'a mut [f64],
     pub kernel: (usize, usize),
+    /// Rows, and elements of a row: `block` for each pixel.
     pub out: (usize, usize),
+    /// As in [`Forward`].
+    pub block: usize,
 }
 
 /// Vectors of gradient that are added up in lanes: at 16 lanes a block of 64 × 64 pixels.
@@ -281,13 +315,16 @@ impl<T: Scalar> Kernel<T> for WeightGradient<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(mut self, simd: S) {
-        let ((kh, kw), (oh, ow)) = (self.kernel, self.out);
-        assert!(oh > 0 && ow > 0 && self.grad_ld >= ow && self.ld >= ow + kw - 1);
-        assert!(self.input.len() >= (oh + kh - 2) * self.ld + ow + kw - 1);
-        assert!(self.grad.len() >= (oh - 1) * self.grad_ld + ow && self.sum.len() == kh * kw);
-        let block = (BLOCK / ow.div_ceil(simd.lanes())).max(8);
-        for y in (0..oh).step_by(block) {
-            let rows = (y, oh.min(y + block));
+        let ((kh, kw), (oh, ow), block) = (self.kernel, self.out, self.block);
+        assert!([1, simd.lanes()].contains(&block) && ow.is_multiple_of(block));
+        let row = ow + (kw - 1) * block;
+        assert!(oh > 0 && ow > 0 && self.grad_ld >= ow && self.ld >= row);
+        assert!(self.input.len() >= (oh + kh - 2) * self.ld + row);
+        assert!(self.grad.len() >= (oh - 1) * self.grad_ld + ow);
+        assert!(self.sum.len() == kh * kw * block);
+        let height = (BLOCK / ow.div_ceil(simd.lanes())).max(8);
+        for y in (0..oh).step_by(height) {
+            let rows = (y, oh.min(y + height));
             let mut i = 0;
             while i < kh {
                 i += self.tap_rows(simd, rows, i);
@@ -374,7 +411,16 @@ impl<T: Scalar> WeightGradient<'_, T> {
         }
         for (r, acc) in acc.iter().enumerate() {
             for (c, &acc) in acc.iter().enumerate() {
-                self.sum[(i + r) * self.kernel.1 + j + c] += simd.sum(acc).to_f64();
+                let tap = (i + r) * self.kernel.1 + j + c;
+                if self.block == 1 {
+                    self.sum[tap] += simd.sum(acc).to_f64();
+                    continue;
+                }
+                let mut lanes = [T::ZERO; MAX_LANES];
+                // SAFETY: no vector has more lanes than MAX_LANES.
+                unsafe { simd.store(acc, lanes.as_mut_ptr()) };
+                let sums = &mut self.sum[tap * self.block..][..self.block];
+                sums.iter_mut().zip(lanes).for_each(|(sum, lane)| *sum += lane.to_f64());
             }
         }
     }
@@ -392,11 +438,11 @@ impl<T: Scalar> WeightGradient<'_, T> {
         low: usize,
         high: usize,
     ) {
-        let (ow, lanes) = (self.out.1, simd.lanes());
+        let (ow, lanes, block) = (self.out.1, simd.lanes(), self.block);
         // SAFETY: the caller's promise; a partial vector reads only its elements, so that an
         // infinity beyond the row cannot meet a zero gradient.
         unsafe {
-            let input = self.input.as_ptr().add((y + i) * self.ld + j);
+            let input = self.input.as_ptr().add((y + i) * self.ld + j * block);
             let grad = |r: usize| self.grad.as_ptr().wrapping_add((y - r) * self.grad_ld);
             let mut x = 0;
             while x + lanes <= ow {
@@ -407,7 +453,7 @@ impl<T: Scalar> WeightGradient<'_, T> {
                     }
                 }
                 for c in 0..J {
-                    let v = simd.load(input.add(x + c));
+                    let v = simd.load(input.add(x + c * block));
                     for (r, acc) in acc.iter_mut().enumerate() {
                         if r >= low && r < high {
                             acc[c] = simd.fma(g[r], v, acc[c]);
@@ -424,12 +470,74 @@ impl<T: Scalar> WeightGradient<'_, T> {
                     }
                 }
                 for c in 0..J {
-                    let v = simd.load_first(input.add(x + c), ow - x);
+                    let v = simd.load_first(input.add(x + c * block), ow - x);
                     for (r, acc) in acc.iter_mut().enumerate() {
                         if r >= low && r < high {
                             acc[c] = simd.fma(g[r], v, acc[c]);
                         }
                     }
+                }
+            }
+        }
+    }
+}
+
+/// Copies pixels, some channels of each, between a tensor in channels_last and a block.
+pub struct Pixels<'a, T> {
+    from: &'a [T],
+    from_step: usize,
+    to: *mut T,
+    to_step: usize,
+    count: usize,
+    channels: usize,
+    target: PhantomData<&'a mut [T]>,
+}
+
+impl<'a, T> Pixels<'a, T> {
+    /// From every `from_step` elements to every `to_step`; `channels` must be at most the lanes of a
+    /// vector.
+    pub fn new(
+        (from, from_step): (&'a [T], usize),
+        (to, to_step): (&'a mut [T], usize),
+        count: usize,
+        channels: usize,
+    ) -> Self {
+        assert!(count > 0 && to.len() >= (count - 1) * to_step + channels);
+        // SAFETY: the target is long enough by the assertion above, and borrowed for 'a.
+        unsafe { Self::to_raw((from, from_step), (to.as_mut_ptr(), to_step), count, channels) }
+    }
+
+    /// [`Pixels::new`] to memory whose other channels may be in use elsewhere.
+    ///
+    /// # Safety
+    /// For 'a, the `channels` elements from each of `count` places `to_step` apart must be valid for
+    /// writing, and nobody else's.
+    pub unsafe fn to_raw(
+        (from, from_step): (&'a [T], usize),
+        (to, to_step): (*mut T, usize),
+        count: usize,
+        channels: usize,
+    ) -> Self {
+        assert!(count > 0 && from.len() >= (count - 1) * from_step + channels);
+        Self { from, from_step, to, to_step, count, channels, target: PhantomData }
+    }
+}
+
+impl<T: Scalar> Kernel<T> for Pixels<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(self, simd: S) {
+        let Self { from, from_step, to, to_step, count, channels, .. } = self;
+        assert!(channels <= simd.lanes());
+        for i in 0..count {
+            // SAFETY: pixel i < count has `channels` elements on both sides, as `to_raw` says.
+            unsafe {
+                let (from, to) = (from.as_ptr().add(i * from_step), to.add(i * to_step));
+                if channels == simd.lanes() {
+                    simd.store(simd.load(from), to);
+                } else {
+                    simd.store_first(simd.load_first(from, channels), to, channels);
                 }
             }
         }

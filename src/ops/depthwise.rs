@@ -1,8 +1,9 @@
 //! Depthwise convolution of any geometry, forward and backward.
 
-use super::scratch::{Scratch, Window};
-use super::{Planes, expect_len, optional_len, plane, turned};
-use crate::kernels::{conv, general};
+use super::phases::{self, Phases};
+use super::scratch::Window;
+use super::{Planes, check_depthwise, expect_len, optional_len, plane, turned};
+use crate::kernels::conv;
 use crate::parallel::{self, Threads};
 use crate::shape::{Batch, Conv, Geometry, ShapeError};
 use crate::simd::{self, Scalar};
@@ -19,7 +20,7 @@ pub fn depthwise_forward<T: Scalar>(
     y: &mut [T],
     threads: Threads,
 ) -> Result<(), ShapeError> {
-    let (input, output, taps) = check(geometry, x, weight)?;
+    let (input, output, taps) = check_depthwise(geometry, x, weight)?;
     optional_len("bias", bias, input.c)?;
     expect_len("y", y, output.size())?;
     let planes = Planes::new(y, output);
@@ -53,7 +54,7 @@ pub fn depthwise_backward<T: Scalar>(
     gradients: DepthwiseGradients<'_, T>,
     threads: Threads,
 ) -> Result<(), ShapeError> {
-    let (input, output, taps) = check(geometry, x, weight)?;
+    let (input, output, taps) = check_depthwise(geometry, x, weight)?;
     let DepthwiseGradients { x: gx, weight: gweight, bias: gbias } = gradients;
     expect_len("grad", grad, output.size())?;
     optional_len("x's gradient", gx.as_deref(), input.size())?;
@@ -68,14 +69,14 @@ pub fn depthwise_backward<T: Scalar>(
         let mut sum = vec![0.0; taps];
         let mut sum_bias = 0.0;
         let mut transposed = gx.is_some().then(|| Transposed::new(geometry, weight));
-        let mut window = gweight.is_some().then(|| Window::new(geometry));
+        let mut of_weight = gweight.is_some().then(|| WeightGradient::new(geometry));
         for n in 0..input.n {
             let at = plane(grad, output, n, c);
             if gbias.is_some() {
                 sum_bias += at.iter().map(|g| g.to_f64()).sum::<f64>();
             }
-            if let Some(window) = &mut window {
-                weight_gradient(geometry, window, at, plane(x, input, n, c), &mut sum);
+            if let Some(of_weight) = &mut of_weight {
+                of_weight.add(at, plane(x, input, n, c), &mut sum);
             }
             if let (Some(transposed), Some(gx)) = (&mut transposed, &gx) {
                 let next = if n + 1 < input.n { plane(grad, output, n + 1, c) } else { &[] };
@@ -97,41 +98,46 @@ pub fn depthwise_backward<T: Scalar>(
     Ok(())
 }
 
-/// Checks the lengths of x and weight; returns the two shapes and the taps per channel.
-fn check<T>(
-    geometry: &Geometry,
-    x: &[T],
-    weight: &[T],
-) -> Result<(Batch, Batch, usize), ShapeError> {
-    let taps = geometry.conv.kh * geometry.conv.kw;
-    expect_len("x", x, geometry.input.size())?;
-    expect_len("weight", weight, geometry.input.c * taps)?;
-    Ok((geometry.input, geometry.output(), taps))
-}
-
 /// The convolution of one plane after another with the same taps.
-struct Convolution<T> {
-    geometry: Geometry,
-    weight: Vec<T>,
-    bias: T,
-    window: Window<T>,
+enum Convolution<T> {
+    /// Of stride and dilation 1.
+    Dense {
+        geometry: Geometry,
+        weight: Vec<T>,
+        bias: T,
+        window: Window<T>,
+    },
+    General {
+        taps: Vec<(usize, T)>,
+        bias: T,
+        plane: Phases<T>,
+    },
 }
 
 impl<T: Scalar> Convolution<T> {
     fn new(geometry: &Geometry, weight: Vec<T>, bias: T) -> Self {
-        Self { geometry: *geometry, weight, bias, window: Window::new(geometry) }
+        if geometry.is_dense() {
+            return Self::Dense {
+                geometry: *geometry,
+                weight,
+                bias,
+                window: Window::new(geometry),
+            };
+        }
+        let plane = Phases::new(geometry);
+        Self::General { taps: plane.offsets().zip(weight).collect(), bias, plane }
     }
 
     /// Writes the convolution of `x` to `out`; `next` is the plane of the next call.
     fn run(&mut self, x: &[T], next: &[T], out: &mut [T]) {
-        let Self { ref geometry, ref weight, bias, ref mut window } = *self;
-        let Geometry { conv, ow, oh, ph, .. } = *geometry;
-        if !geometry.is_dense() {
-            window.slide_over(0..ph, x, None);
-            let (input, ld) = (window.input(), window.ld);
-            simd::dispatch(general::Forward { geometry, input, ld, weight, bias, out });
-            return;
-        }
+        let (geometry, weight, bias, window) = match self {
+            Self::Dense { geometry, weight, bias, window } => (&*geometry, &*weight, *bias, window),
+            Self::General { taps, bias, plane } => {
+                plane.fill(x);
+                return plane.forward(taps, *bias, out);
+            }
+        };
+        let Geometry { conv, ow, oh, .. } = *geometry;
         let strip = window.strip(geometry);
         for (y, out) in (0..oh).step_by(strip).zip(out.chunks_mut(strip * ow)) {
             window.slide_over(y..(y + strip).min(oh) + conv.kh - 1, x, None);
@@ -144,52 +150,74 @@ impl<T: Scalar> Convolution<T> {
                 window.ahead(0..strip + conv.kh - 1, next)
             };
             let (input, ld, kernel) = (window.input(), window.ld, (conv.kh, conv.kw));
-            simd::dispatch(conv::Forward { input, ld, weight, bias, out, kernel, ow, next });
+            let bias = &[bias];
+            simd::dispatch(conv::Forward {
+                input,
+                ld,
+                weight,
+                bias,
+                out,
+                kernel,
+                ow,
+                block: 1,
+                next,
+            });
         }
     }
 }
 
-/// Adds the weight's gradient of one plane to `sum`.
-fn weight_gradient<T: Scalar>(
-    geometry: &Geometry,
-    window: &mut Window<T>,
-    grad: &[T],
-    x: &[T],
-    sum: &mut [f64],
-) {
-    let Geometry { conv, ow, oh, ph, .. } = *geometry;
-    if !geometry.is_dense() {
-        window.slide_over(0..ph, x, None);
-        let (input, ld) = (window.input(), window.ld);
-        simd::dispatch(general::WeightGradient { geometry, grad, input, ld, sum });
-        return;
+/// The weight's gradient, plane by plane.
+enum WeightGradient<T> {
+    Dense { geometry: Geometry, window: Window<T> },
+    General { offsets: Vec<usize>, plane: Phases<T> },
+}
+
+impl<T: Scalar> WeightGradient<T> {
+    fn new(geometry: &Geometry) -> Self {
+        if geometry.is_dense() {
+            return Self::Dense { geometry: *geometry, window: Window::new(geometry) };
+        }
+        let plane = Phases::new(geometry);
+        Self::General { offsets: plane.offsets().collect(), plane }
     }
-    let strip = window.strip(geometry);
-    for (y, grad) in (0..oh).step_by(strip).zip(grad.chunks(strip * ow)) {
-        let rows = (y + strip).min(oh) - y;
-        window.slide_over(y..y + rows + conv.kh - 1, x, None);
-        simd::dispatch(conv::WeightGradient {
-            grad,
-            grad_ld: ow,
-            input: window.input(),
-            ld: window.ld,
-            sum: &mut *sum,
-            kernel: (conv.kh, conv.kw),
-            out: (rows, ow),
-        });
+
+    /// Adds that of one plane to `sum`.
+    fn add(&mut self, grad: &[T], x: &[T], sum: &mut [f64]) {
+        let (geometry, window) = match self {
+            Self::Dense { geometry, window } => (&*geometry, window),
+            Self::General { offsets, plane } => {
+                plane.fill(x);
+                return plane.weight_gradient(offsets, grad, sum);
+            }
+        };
+        let Geometry { conv, ow, oh, .. } = *geometry;
+        let strip = window.strip(geometry);
+        for (y, grad) in (0..oh).step_by(strip).zip(grad.chunks(strip * ow)) {
+            let rows = (y + strip).min(oh) - y;
+            window.slide_over(y..y + rows + conv.kh - 1, x, None);
+            simd::dispatch(conv::WeightGradient {
+                grad,
+                grad_ld: ow,
+                input: window.input(),
+                ld: window.ld,
+                sum: &mut *sum,
+                kernel: (conv.kh, conv.kw),
+                out: (rows, ow),
+                block: 1,
+            });
+        }
     }
 }
 
 /// The gradient to one input plane after another.
-enum Transposed<'a, T> {
+enum Transposed<T> {
     /// A convolution of the padded gradient with the taps turned.
     Dense(Box<Convolution<T>>),
-    /// Into the whole padded plane, of which padding is cut off after.
-    General { geometry: &'a Geometry, weight: &'a [T] },
+    General(Box<phases::Transposed<T>>),
 }
 
-impl<'a, T: Scalar> Transposed<'a, T> {
-    fn new(geometry: &'a Geometry, weight: &'a [T]) -> Self {
+impl<T: Scalar> Transposed<T> {
+    fn new(geometry: &Geometry, weight: &[T]) -> Self {
         let Conv { kh, kw, padding: [top, bottom, left, right], .. } = geometry.conv;
         if geometry.is_dense() && top.max(bottom) < kh && left.max(right) < kw {
             let padding = [kh - 1 - top, kh - 1 - bottom, kw - 1 - left, kw - 1 - right];
@@ -199,24 +227,14 @@ impl<'a, T: Scalar> Transposed<'a, T> {
                 return Self::Dense(Box::new(convolution));
             }
         }
-        Self::General { geometry, weight }
+        Self::General(Box::new(phases::Transposed::new(geometry, weight)))
     }
 
     /// Writes the gradient to `out`; `next` is the gradient of the next call.
     fn run(&mut self, grad: &[T], next: &[T], out: &mut [T]) {
         match self {
             Self::Dense(convolution) => convolution.run(grad, next, out),
-            Self::General { geometry, weight } => {
-                let Geometry { conv, input, ph, pw, .. } = **geometry;
-                let mut whole = Scratch::new(ph * pw);
-                whole.fill(T::ZERO);
-                let (padded, ld) = (&mut whole[..], pw);
-                simd::dispatch(general::InputGradient { geometry, grad, weight, padded, ld });
-                let rows = whole[conv.padding[0] * pw..].chunks_exact(pw);
-                for (out, row) in out.chunks_exact_mut(input.w).zip(rows) {
-                    out.copy_from_slice(&row[conv.padding[2]..][..input.w]);
-                }
-            }
+            Self::General(transposed) => transposed.run(grad, out),
         }
     }
 }

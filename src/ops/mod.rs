@@ -5,13 +5,16 @@
 //! order whatever the thread count, and the planes of a channel stay in cache from one pass to the
 //! next.
 
+mod channels_last;
 mod depthwise;
+mod phases;
 mod pointwise;
 mod scratch;
 mod xunit;
 
 use std::marker::PhantomData;
 
+pub use channels_last::{depthwise_backward_channels_last, depthwise_forward_channels_last};
 pub use depthwise::{DepthwiseGradients, depthwise_backward, depthwise_forward};
 pub use pointwise::Pointwise;
 pub use xunit::{
@@ -19,7 +22,7 @@ pub use xunit::{
     XUnitSaved, xunit_backward, xunit_forward,
 };
 
-use crate::shape::{Batch, ShapeError, shape_error};
+use crate::shape::{Batch, Geometry, ShapeError, shape_error};
 
 /// A tensor that channel tasks write, each its own planes.
 struct Planes<'a, T> {
@@ -73,6 +76,19 @@ fn expect_len<T>(name: &str, tensor: &[T], len: usize) -> Result<(), ShapeError>
 
 fn optional_len<T>(name: &str, tensor: Option<&[T]>, len: usize) -> Result<(), ShapeError> {
     tensor.map_or(Ok(()), |tensor| expect_len(name, tensor, len))
+}
+
+/// Checks the lengths of a depthwise convolution's x and weight; returns the shapes of x and of the
+/// output, and the taps per channel.
+fn check_depthwise<T>(
+    geometry: &Geometry,
+    x: &[T],
+    weight: &[T],
+) -> Result<(Batch, Batch, usize), ShapeError> {
+    let taps = geometry.conv.kh * geometry.conv.kw;
+    expect_len("x", x, geometry.input.size())?;
+    expect_len("weight", weight, geometry.input.c * taps)?;
+    Ok((geometry.input, geometry.output(), taps))
 }
 
 /// The taps turned by 180°: the kernel of the transposed convolution.

@@ -95,12 +95,13 @@ pub(super) struct Window<T> {
 const STRIP_BYTES: usize = 128 << 10;
 
 impl<T: Scalar> Window<T> {
-    /// A window on the padded input of `geometry`, for its strips.
+    /// A window on the padded input of `geometry`, which is dense, for its strips.
     pub(super) fn new(geometry: &Geometry) -> Self {
-        let Geometry { conv, input, ow, pw, ph, .. } = *geometry;
+        let Geometry { conv, input, ow, ph, .. } = *geometry;
+        assert!(geometry.is_dense());
         let left = conv.padding[2];
         let lead = left.next_multiple_of(MAX_LANES);
-        let read = if geometry.is_dense() { conv::row_length(ow, conv.kw) } else { pw };
+        let read = conv::row_length(ow, conv.kw);
         let ld = (lead - left + read.max(left + input.w)).next_multiple_of(MAX_LANES);
         let rows = ph.min(strip_rows(geometry, ld, size_of::<T>()) + conv.kh - 1);
         let mut data = Scratch::new(rows * ld);
@@ -177,9 +178,6 @@ impl<T: Scalar> Window<T> {
 
 /// Output rows of a strip: all, if they fit, else strips of about equal height.
 fn strip_rows(geometry: &Geometry, ld: usize, size: usize) -> usize {
-    if !geometry.is_dense() {
-        return geometry.ph;
-    }
     let (oh, kh) = (geometry.oh, geometry.conv.kh);
     let most = (STRIP_BYTES / (ld * size)).saturating_sub(kh - 1).max(kh).max(16);
     oh.div_ceil(oh.div_ceil(most))

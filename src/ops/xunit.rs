@@ -314,10 +314,11 @@ pub fn xunit_forward<T: Scalar>(
                     input: window.input(),
                     ld: window.ld,
                     weight,
-                    bias,
+                    bias: &[bias],
                     out: &mut *d,
                     kernel: (k, k),
                     ow: batch.w,
+                    block: 1,
                     next: if end < batch.h { next } else { &[] },
                 });
                 match (given, out) {
@@ -468,6 +469,7 @@ pub fn xunit_backward<T: Scalar>(
                     sum: &mut *sum_weight,
                     kernel: (k, k),
                     out: (end - y, batch.w),
+                    block: 1,
                 });
                 // In the place of e, of which the window has taken all that is yet needed.
                 let gu = &mut e[pixels.clone()];
@@ -475,10 +477,11 @@ pub fn xunit_backward<T: Scalar>(
                     input: output.input(),
                     ld,
                     weight: &weight,
-                    bias: T::ZERO,
+                    bias: &[T::ZERO],
                     out: &mut *gu,
                     kernel: (k, k),
                     ow: batch.w,
+                    block: 1,
                     next: &[],
                 });
                 if relu_of.is_some() {

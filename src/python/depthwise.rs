@@ -10,15 +10,16 @@ use crate::shape::{Batch, Conv, Geometry};
 
 type Pair = [usize; 2];
 type Array<'a, 'py> = &'a Bound<'py, PyAny>;
-/// stride (sh, sw), padding (top, bottom, left, right), dilation (dh, dw)
-type Placement = (Pair, [usize; 4], Pair);
+/// stride (sh, sw), padding (top, bottom, left, right), dilation (dh, dw), channels last
+type Placement = (Pair, [usize; 4], Pair, bool);
 
 /// Depthwise convolution of x (N, C, H, W) with weight (C, 1, kh, kw) and bias (C) or None.
 ///
 /// stride (sh, sw), padding (top, bottom, left, right), dilation (dh, dw); threads 0 is the
-/// default. Writes out (N, C, OH, OW).
+/// default. Writes out (N, C, OH, OW). With channels_last, x is (N, H, W, C) and out
+/// (N, OH, OW, C); strides and dilations must be 1 and padding below the kernel size.
 #[pyfunction]
-#[pyo3(signature = (x, weight, bias, stride, padding, dilation, out, threads))]
+#[pyo3(signature = (x, weight, bias, stride, padding, dilation, out, threads, channels_last=false))]
 #[allow(clippy::too_many_arguments)]
 pub fn depthwise_conv2d(
     x: Array<'_, '_>,
@@ -29,8 +30,10 @@ pub fn depthwise_conv2d(
     dilation: Pair,
     out: Array<'_, '_>,
     threads: usize,
+    channels_last: bool,
 ) -> PyResult<()> {
-    by_dtype!(x, forward(x, weight, bias, (stride, padding, dilation), out, threads))
+    let placement = (stride, padding, dilation, channels_last);
+    by_dtype!(x, forward(x, weight, bias, placement, out, threads))
 }
 
 fn forward<T: Number>(
@@ -45,21 +48,25 @@ fn forward<T: Number>(
     let (x, weight) = (View::<T>::input("x", x)?, View::<T>::input("weight", weight)?);
     let bias = View::<T>::read("bias", bias)?;
     let geometry = geometry(&x, &weight, placement)?;
-    let out = View::<T>::written("out", Some(out), &geometry.output().dims())?;
+    let channels_last = placement.3;
+    let shape = dims(geometry.output(), channels_last);
+    let out = View::<T>::written("out", Some(out), &shape)?;
     let inputs = [Some(&x), Some(&weight), bias.as_ref()];
     disjoint(inputs.into_iter().flatten().map(View::range), out.iter().map(View::range))?;
     let (x, weight, bias) = (x.slice(), weight.slice(), bias.as_ref().map(View::slice));
     // SAFETY: checked to be disjoint, and taken once.
     let out = out.map_or(&mut [][..], |out| unsafe { out.slice_mut() });
-    detached(py, || {
-        ops::depthwise_forward(&geometry, x, weight, bias, out, Threads::Host(threads))
-    })??;
+    let run =
+        if channels_last { ops::depthwise_forward_channels_last } else { ops::depthwise_forward };
+    detached(py, || run(&geometry, x, weight, bias, out, Threads::Host(threads)))??;
     Ok(())
 }
 
 /// Writes the gradients of depthwise_conv2d to those of gx, gweight and gbias that are not None.
 #[pyfunction]
-#[pyo3(signature = (grad, x, weight, stride, padding, dilation, gx, gweight, gbias, threads))]
+#[pyo3(signature = (
+    grad, x, weight, stride, padding, dilation, gx, gweight, gbias, threads, channels_last=false
+))]
 #[allow(clippy::too_many_arguments)]
 pub fn depthwise_conv2d_backward(
     grad: Array<'_, '_>,
@@ -72,8 +79,9 @@ pub fn depthwise_conv2d_backward(
     gweight: Option<Array<'_, '_>>,
     gbias: Option<Array<'_, '_>>,
     threads: usize,
+    channels_last: bool,
 ) -> PyResult<()> {
-    let placement = (stride, padding, dilation);
+    let placement = (stride, padding, dilation, channels_last);
     by_dtype!(x, backward(grad, x, weight, placement, [gx, gweight, gbias], threads))
 }
 
@@ -89,7 +97,8 @@ fn backward<T: Number>(
     let (x, weight) = (View::<T>::input("x", x)?, View::<T>::input("weight", weight)?);
     let grad = View::<T>::input("grad", grad)?;
     let geometry = geometry(&x, &weight, placement)?;
-    grad.expect_shape("grad", &geometry.output().dims())?;
+    let channels_last = placement.3;
+    grad.expect_shape("grad", &dims(geometry.output(), channels_last))?;
     let [gx, gweight, gbias] = gradients;
     let gx = View::written("gx", gx, x.shape())?;
     let gweight = View::written("gweight", gweight, weight.shape())?;
@@ -108,7 +117,9 @@ fn backward<T: Number>(
         }
     };
     let threads = Threads::Host(threads);
-    detached(py, || ops::depthwise_backward(&geometry, grad, x, weight, gradients, threads))??;
+    let run =
+        if channels_last { ops::depthwise_backward_channels_last } else { ops::depthwise_backward };
+    detached(py, || run(&geometry, grad, x, weight, gradients, threads))??;
     Ok(())
 }
 
@@ -116,9 +127,13 @@ fn backward<T: Number>(
 fn geometry<T: Number>(
     x: &View<'_, T>,
     weight: &View<'_, T>,
-    (stride, padding, dilation): Placement,
+    (stride, padding, dilation, channels_last): Placement,
 ) -> PyResult<Geometry> {
-    let batch = Batch::new(x.shape())?;
+    let shape = match *x.shape() {
+        [n, h, w, c] if channels_last => vec![n, c, h, w],
+        ref shape => shape.to_vec(),
+    };
+    let batch = Batch::new(&shape)?;
     let &[_, 1, kh, kw] = weight.shape() else {
         return Err(PyValueError::new_err(format!(
             "weight must have shape (C, 1, kh, kw), got {:?}",
@@ -127,4 +142,10 @@ fn geometry<T: Number>(
     };
     weight.expect_shape("weight", &[batch.c, 1, kh, kw])?;
     Ok(Geometry::new(batch, Conv { kh, kw, stride, padding, dilation })?)
+}
+
+/// The extents in the order of memory.
+fn dims(batch: Batch, channels_last: bool) -> [usize; 4] {
+    let [n, c, h, w] = batch.dims();
+    if channels_last { [n, h, w, c] } else { [n, c, h, w] }
 }
