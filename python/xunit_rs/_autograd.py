@@ -1,7 +1,8 @@
 """The one dispatcher between the Rust kernels and plain PyTorch, and the autograd Functions.
 
-The kernels take plain, strided, real CPU tensors in eager mode. Whatever else arrives runs the
-plain definition the caller passed in as `fallback`; `_obstacle` is the list of what that is.
+The kernels take plain, strided, real CPU tensors: through the Functions below in eager mode, through
+the operators of `_ops.py` under torch.compile. Whatever else arrives runs the plain definition the
+caller passed in as `fallback`; `_obstacle` is the list of what that is.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def depthwise_conv2d(
     if backend == "torch":
         return fallback()
     parameters = (weight, bias)
-    reason = _obstacle(x, parameters, ())
+    compiling = torch.compiler.is_compiling()
+    reason = _obstacle(x, parameters, (), compiling)
     if reason is not None:
         refuse(backend, reason)
         return fallback()
@@ -99,6 +101,8 @@ def depthwise_conv2d(
     call = _Conv(stride, padding, dilation, _autocast_dtype(x.dtype))
     if backend == "auto" and _is_torchs_conv(x, weight, call, graph):
         return fallback()
+    if compiling:
+        return torch.ops.xunit_rs.depthwise_conv2d(x, weight, bias, *call)
     if graph:
         result: Tensor = _DepthwiseConv2d.apply(x, weight, bias, call)
         return result
@@ -123,7 +127,8 @@ def xunit(
         return fallback()
     x = operands[0]
     vectors = [t for bn in norms if bn is not None for t in bn[:4]]
-    reason = _obstacle(x, operands[1:], vectors)
+    compiling = torch.compiler.is_compiling()
+    reason = _obstacle(x, operands[1:], vectors, compiling)
     if reason is not None:
         refuse(backend, reason)
         return fallback()
@@ -141,6 +146,8 @@ def xunit(
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {x.size()}"
             )
+    if compiling:
+        return _compiled_unit(variant, gate, inputs, norms, training, graph)
     frozen = tuple(_resolve(bn, live) for bn, live in zip(norms, training, strict=True))
     call = _Unit(variant, gate, frozen)
     if graph:
@@ -153,17 +160,19 @@ def xunit(
 # ---------------------------------------------------------------- what the kernels do not take
 
 
-def _obstacle(x: Tensor, parameters: Sequence[Vector], norms: Sequence[Vector]) -> str | None:
+def _obstacle(
+    x: Tensor, parameters: Sequence[Vector], norms: Sequence[Vector], compiling: bool
+) -> str | None:
     """Why the kernels cannot run this call, or None if they can."""
-    reason = _NO_CORE or _mode()
+    reason = _NO_CORE or (_mode_of_compiler() if compiling else _mode())
     if reason is not None:
         return reason
     tensors = (x, *parameters, *norms)
-    if _core.is_plain(tensors, Parameter):
+    if not compiling and _core.is_plain(tensors, Parameter):
         return None
     for t in tensors:
         if t is not None:
-            reason = _not_plain(t)
+            reason = _not_ours(t) if compiling else _not_plain(t)
             if reason is not None:
                 return reason
     dtype = x.dtype
@@ -184,7 +193,7 @@ def _obstacle(x: Tensor, parameters: Sequence[Vector], norms: Sequence[Vector]) 
 def _mode() -> str | None:
     """The interpreter-wide states in which a call must be seen as torch operations."""
     if torch.compiler.is_compiling():
-        return "torch.compile or torch.export is tracing"
+        return "torch.compile is tracing"
     if torch.jit.is_tracing():
         return "torch.jit is tracing"
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -200,7 +209,25 @@ def _mode() -> str | None:
     return None
 
 
-def _not_plain(t: Tensor) -> str | None:
+def _mode_of_compiler() -> str | None:
+    """As :func:`_mode`, of what torch.compile traces. An operator has no forward-mode derivative."""
+    if _is_exporting():
+        return "torch.export is tracing, which is to give plain operations"
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    return None
+
+
+# Before torch 2.7 nothing tells torch.export from torch.compile.
+_is_exporting: Callable[[], bool] = getattr(
+    torch.compiler, "is_exporting", torch.compiler.is_compiling
+)
+
+
+def _not_ours(t: Tensor) -> str | None:
+    """Why the kernels do not take tensors of this type, device, layout or dtype."""
     if type(t) is not Tensor and type(t) is not Parameter:
         return f"{type(t).__name__} is not a plain tensor"
     if t.device.type != "cpu":
@@ -209,6 +236,13 @@ def _not_plain(t: Tensor) -> str | None:
         return f"a tensor is not strided ({t.layout})"
     if t.dtype not in _DTYPES:
         return f"a tensor is {t.dtype}"
+    return None
+
+
+def _not_plain(t: Tensor) -> str | None:
+    reason = _not_ours(t)
+    if reason is not None:
+        return reason
     if t._is_zerotensor() or not torch._C._has_storage(t):
         return "a tensor has no memory behind it"
     if t.data_ptr() % t.element_size():
@@ -227,7 +261,7 @@ def _is_torchs(x: Tensor) -> bool:
 
 
 def _is_torchs_conv(x: Tensor, weight: Tensor, call: _Conv, graph: bool) -> bool:
-    """Whether torch is faster: on large tensors in channels_last, if the kernel is small or strided.
+    """Whether torch is faster: on large channels_last tensors, if the kernel is small or strided.
 
     At 16×64×64×64 ours takes 1.3 times as long for k = 3, and for k = 5 without gradients, and 2 to
     8 times with strides; 0.3 to 0.9 times for k of 7 and more, and for k = 5 with gradients.
@@ -304,17 +338,21 @@ class _Conv(NamedTuple):
     out_dtype: torch.dtype
 
 
-def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Conv) -> Tensor:
-    dtype = _compute_dtype(x.dtype)
+def _output_size(x: Tensor, weight: Tensor, call: _Conv) -> tuple[int, ...]:
     size = (
         (x.shape[i + 2] + sum(call.padding[2 * i : 2 * i + 2]) - call.dilation[i] * (k - 1) - 1)
         // call.stride[i]
         + 1
         for i, k in enumerate(weight.shape[2:])
     )
+    return *x.shape[:2], *size
+
+
+def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Conv) -> Tensor:
+    dtype = _compute_dtype(x.dtype)
     last = _in_channels_last(x, weight, call)
     layout = torch.channels_last if last else torch.contiguous_format
-    y = torch.empty((*x.shape[:2], *size), dtype=dtype, memory_format=layout)
+    y = torch.empty(_output_size(x, weight, call), dtype=dtype, memory_format=layout)
     _core.depthwise_conv2d(
         _ready(_in_order(x, last), dtype),
         _ready(weight, dtype),
@@ -359,34 +397,42 @@ class _DepthwiseConv2d(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad is None:
             return None, None, None, None
-        x, weight, _ = saved = ctx.saved_tensors
+        saved = ctx.saved_tensors
         call: _Conv = ctx.call
         needs = ctx.needs_input_grad[:3]
         if _must_replay(grad):
             return *_replay(saved, needs, grad, lambda t: _conv_reference(t, call)), None
 
-        dtype = _compute_dtype(x.dtype)
-        grads = [
-            _empty(t, dtype) if need and t is not None else None
-            for t, need in zip(saved, needs, strict=True)
-        ]
-        last = _in_channels_last(x, weight, call)
-        if last and grads[0] is not None:
-            grads[0] = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
-        _core.depthwise_conv2d_backward(
-            _ready(_in_order(grad, last), dtype),
-            _ready(_in_order(x, last), dtype),
-            _ready(weight, dtype),
-            call.stride,
-            call.padding,
-            call.dilation,
-            _to_write(_in_order(grads[0], last)),
-            _to_write(grads[1]),
-            _to_write(grads[2]),
-            torch.get_num_threads(),
-            last,
-        )
-        return *_gradients(grads, saved, needs), None
+        return *_conv_backward(grad, saved, needs, call), None
+
+
+def _conv_backward(
+    grad: Tensor, inputs: Sequence[Vector], needs: Sequence[bool], call: _Conv
+) -> tuple[Vector, ...]:
+    x, weight, _ = inputs
+    assert x is not None and weight is not None
+    dtype = _compute_dtype(x.dtype)
+    grads = [
+        _empty(t, dtype) if need and t is not None else None
+        for t, need in zip(inputs, needs, strict=True)
+    ]
+    last = _in_channels_last(x, weight, call)
+    if last and grads[0] is not None:
+        grads[0] = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
+    _core.depthwise_conv2d_backward(
+        _ready(_in_order(grad, last), dtype),
+        _ready(_in_order(x, last), dtype),
+        _ready(weight, dtype),
+        call.stride,
+        call.padding,
+        call.dilation,
+        _to_write(_in_order(grads[0], last)),
+        _to_write(grads[1]),
+        _to_write(grads[2]),
+        torch.get_num_threads(),
+        last,
+    )
+    return _gradients(grads, inputs, needs)
 
 
 def _conv_reference(inputs: Sequence[Vector], call: _Conv) -> Tensor:
@@ -530,43 +576,56 @@ class _XUnit(torch.autograd.Function):
                 inputs, needs, grad, lambda t: _unit_reference(call, t, ctx.statistics)
             ), None
 
-        x, pw_weight, pw_bias, weight, bias = inputs[:5]
-        dtype = _compute_dtype(x.dtype)
-        grads: list[Vector] = [
-            None if t is None else _empty(t, dtype) for t in (x, pw_weight, pw_bias, weight, bias)
-        ]
-        norms: list[Any] = []
-        for i, (bn, stats) in enumerate(zip(call.norms, ctx.statistics, strict=True)):
-            if bn is None:
-                norms.append(None)
-                grads += [None, None]
-                continue
-            mean, var = map(_to_write, stats)
-            pair = (torch.empty(x.shape[1], dtype=dtype), torch.empty(x.shape[1], dtype=dtype))
-            affine = (_optional(inputs[5 + 2 * i], dtype), _optional(inputs[6 + 2 * i], dtype))
-            norms.append((*affine, mean, var, bn.eps, bn.mean is None, *map(_to_write, pair)))
-            grads += pair
-        gp = _empty(x, dtype) if p is not None else None
-        _core.xunit_backward(
-            call.variant,
-            call.gate,
-            _ready(grad, dtype),
-            _ready(x, dtype),
-            _ready(d, dtype),
-            _optional(p, dtype),
-            _optional(pw_weight, dtype),
-            _ready(weight, dtype),
-            norms[0],
-            norms[1],
-            _to_write(grads[0]),
-            _to_write(gp),
-            _to_write(grads[1]),
-            _to_write(grads[2]),
-            _to_write(grads[3]),
-            _to_write(grads[4]),
-            torch.get_num_threads(),
-        )
-        return *_gradients(grads, inputs, needs), None
+        return *_unit_backward(grad, inputs, (d, p), ctx.statistics, needs, call), None
+
+
+def _unit_backward(
+    grad: Tensor,
+    inputs: Sequence[Vector],
+    saved: tuple[Vector, Vector],
+    statistics: Sequence[Statistics],
+    needs: Sequence[bool],
+    call: _Unit,
+) -> tuple[Vector, ...]:
+    x, pw_weight, pw_bias, weight, bias = inputs[:5]
+    d, p = saved
+    assert x is not None and weight is not None and d is not None
+    dtype = _compute_dtype(x.dtype)
+    grads: list[Vector] = [
+        None if t is None else _empty(t, dtype) for t in (x, pw_weight, pw_bias, weight, bias)
+    ]
+    norms: list[Any] = []
+    for i, (bn, stats) in enumerate(zip(call.norms, statistics, strict=True)):
+        if bn is None or stats is None:
+            norms.append(None)
+            grads += [None, None]
+            continue
+        mean, var = map(_to_write, stats)
+        pair = (torch.empty(x.shape[1], dtype=dtype), torch.empty(x.shape[1], dtype=dtype))
+        affine = (_optional(inputs[5 + 2 * i], dtype), _optional(inputs[6 + 2 * i], dtype))
+        norms.append((*affine, mean, var, bn.eps, bn.mean is None, *map(_to_write, pair)))
+        grads += pair
+    gp = _empty(x, dtype) if p is not None else None
+    _core.xunit_backward(
+        call.variant,
+        call.gate,
+        _ready(grad, dtype),
+        _ready(x, dtype),
+        _ready(d, dtype),
+        _optional(p, dtype),
+        _optional(pw_weight, dtype),
+        _ready(weight, dtype),
+        norms[0],
+        norms[1],
+        _to_write(grads[0]),
+        _to_write(gp),
+        _to_write(grads[1]),
+        _to_write(grads[2]),
+        _to_write(grads[3]),
+        _to_write(grads[4]),
+        torch.get_num_threads(),
+    )
+    return _gradients(grads, inputs, needs)
 
 
 def _unit_reference(
@@ -595,6 +654,49 @@ def _unit_reference(
             x, pw_weight, pw_bias, weight, bias, bn1=bn1, bn2=bn2, gate=gate
         )
     return reference.xunit(x, weight, bias, bn1=bn1, bn2=bn2, gate=gate)
+
+
+def _compiled_unit(
+    variant: str,
+    gate: str,
+    inputs: Sequence[Vector],
+    norms: Sequence[BatchNormState | None],
+    training: Sequence[bool],
+    graph: bool,
+) -> Tensor:
+    """The unit as torch.compile sees it: an operator that changes nothing, and then the updates of
+    the running statistics, which the compiler fuses with what is around them."""
+    x = inputs[0]
+    assert x is not None
+    given: list[Vector] = []
+    eps: list[float] = []
+    batch: list[bool] = []
+    for bn, live in zip(norms, training, strict=True):
+        own = bn is not None and (live or bn.running_mean is None)
+        given += (None, None) if bn is None or own else (bn.running_mean, bn.running_var)
+        eps.append(0.0 if bn is None else bn.eps)
+        batch.append(own)
+    present = [bn is not None for bn in norms]
+    out, _, _, *found = torch.ops.xunit_rs.unit(
+        *inputs, *given, variant, gate, present, batch, eps, graph
+    )
+    values = x.numel() // x.shape[1]
+    for i, bn in enumerate(norms):
+        if bn is not None and training[i] and bn.running_mean is not None:
+            _follow(bn, found[2 * i], found[2 * i + 1] * (values / (values - 1)))
+    return out
+
+
+def _follow(bn: BatchNormState, mean: Tensor, var: Tensor) -> None:
+    """Move the running statistics towards those of a batch, as nn.BatchNorm2d does."""
+    assert bn.running_mean is not None and bn.running_var is not None
+    factor: Any = 0.0 if bn.momentum is None else bn.momentum
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            factor = 1.0 / bn.num_batches_tracked
+    for running, value in ((bn.running_mean, mean), (bn.running_var, var)):
+        running.copy_(running + factor * (value - running))
 
 
 # ---------------------------------------------------------------- backward, shared

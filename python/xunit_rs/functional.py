@@ -14,7 +14,7 @@ import operator
 
 from torch import Tensor
 
-from . import _autograd, reference
+from . import _autograd, _ops, reference  # noqa: F401  (the operators are registered)
 from .reference import BatchNormState
 
 __all__ = [

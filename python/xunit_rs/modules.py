@@ -162,8 +162,7 @@ class _Base(nn.Module):
             )
         if not x.is_floating_point():
             raise TypeError(f"the input must be floating point, not {x.dtype}")
-        if self.backend == "torch" or torch.compiler.is_compiling():
-            _autograd.refuse(self.backend, "torch.compile or torch.export is tracing")
+        if self.backend == "torch":
             return x * self.features(x)
         parts = self._parts()
         if isinstance(parts, str):
