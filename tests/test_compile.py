@@ -114,12 +114,16 @@ def test_inductor_trains_and_evaluates(kernels):
         for a, b in zip(step(compiled, x), step(twin, x), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     same(model, twin)
-    assert len(kernels) == 2 * 2 * 3
+    # Inductor may run a forward kernel again in a backward pass, to save memory.
+    assert kernels.count("depthwise_conv2d_backward") == 2
+    assert kernels.count("xunit_backward") == 2 * 2
+    assert kernels.count("depthwise_conv2d") >= 2 and kernels.count("xunit_forward") >= 2 * 2
+    kernels.clear()
     model.eval()
     twin.eval()
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), twin(x), rtol=1e-4, atol=1e-4)
-    assert kernels[12:] == ["xunit_forward", "depthwise_conv2d", "xunit_forward"]
+    assert kernels == ["xunit_forward", "depthwise_conv2d", "xunit_forward"]
 
 
 @pytest.mark.parametrize("momentum", [0.3, None])
@@ -386,7 +390,7 @@ def test_onnx_agrees(unit, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     module = nn.Sequential(unit(3, 3, True, gate="gaussian"), DepthwiseConv2d(3, 5)).eval()
     path = tmp_path / "unit.onnx"
-    dynamic = {i: torch.export.Dim.DYNAMIC for i in (0, 2, 3)}
+    dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     torch.onnx.export(
         module,
         (torch.randn(2, 3, 8, 9),),

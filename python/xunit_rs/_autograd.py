@@ -1,8 +1,8 @@
 """The one dispatcher between the Rust kernels and plain PyTorch, and the autograd Functions.
 
-The kernels take plain, strided, real CPU tensors: through the Functions below in eager mode, through
-the operators of `_ops.py` under torch.compile. Whatever else arrives runs the plain definition the
-caller passed in as `fallback`; `_obstacle` is the list of what that is.
+The kernels take plain, strided, real CPU tensors: through the Functions below in eager mode,
+through the operators of `_ops.py` under torch.compile. Whatever else arrives runs the plain
+definition the caller passed in as `fallback`; `_obstacle` is the list of what that is.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def _mode() -> str | None:
 
 
 def _mode_of_compiler() -> str | None:
-    """As :func:`_mode`, of what torch.compile traces. An operator has no forward-mode derivative."""
+    """As :func:`_mode`, under torch.compile. An operator has no forward-mode derivative."""
     if _is_exporting():
         return "torch.export is tracing, which is to give plain operations"
     if torch._C._functorch.maybe_current_level() is not None:

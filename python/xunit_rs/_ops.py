@@ -71,6 +71,7 @@ def _conv_gradient(ctx: Any, grad: Vector) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 7
     saved, needs = ctx.saved_tensors, _needs(ctx.needs_input_grad[:3], ctx.saved_tensors)
+    grads: Sequence[Vector]
     if torch.is_grad_enabled():
         call = _conv_of(ctx.call)
         grads = _autograd._replay(saved, needs, grad, lambda t: _autograd._conv_reference(t, call))
@@ -120,11 +121,9 @@ def _unit(*args: Any) -> tuple[Tensor, ...]:
 def _(*args: Any) -> tuple[Tensor, ...]:
     x, (variant, _, _, batch, _), save = args[0], args[13:18], args[18]
     dtype = _autograd._compute_dtype(x.dtype)
-    none = x.new_empty(0)
-    found = [
-        _autograd._empty(x, dtype) if save else none,
-        _autograd._empty(x, dtype) if save and variant == "dense" else none,
-    ]
+    kept = (save, save and variant == "dense")
+    # Not one empty tensor for both: no result may be an alias of another.
+    found = [_autograd._empty(x, dtype) if keep else x.new_empty(0) for keep in kept]
     for of_batch in batch:
         size = x.shape[1]
         for _ in range(2):
@@ -169,6 +168,7 @@ def _unit_gradient(ctx: Any, grad: Vector, *_: Any) -> tuple[Any, ...]:
         return (None,) * 19
     saved = ctx.saved_tensors
     inputs, needs = saved[:9], _needs(ctx.needs_input_grad[:9], saved)
+    grads: Sequence[Vector]
     if torch.is_grad_enabled():
         unit, statistics = _unit_of(saved[11:], ctx.call)
         grads = _autograd._replay(
@@ -195,8 +195,10 @@ def _unit_of(given: Sequence[Vector], call: Sequence[Any]) -> tuple[_Unit, list[
             norms.append(_Norm(eps[i], None, None, None))
         else:
             norms.append(_Norm(eps[i], mean, var, None))
-        pair = present[i] and mean is not None and var is not None
-        statistics.append((mean.double(), var.double()) if pair else None)
+        if present[i] and mean is not None and var is not None:
+            statistics.append((mean.double(), var.double()))
+        else:
+            statistics.append(None)
     return _Unit(variant, gate, tuple(norms)), statistics
 
 
