@@ -213,12 +213,20 @@ def _mode_of_compiler() -> str | None:
     """As :func:`_mode`, under torch.compile. An operator has no forward-mode derivative."""
     if _is_exporting():
         return "torch.export is tracing, which is to give plain operations"
-    if torch._C._functorch.maybe_current_level() is not None:
+    if _is_transforming():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     return None
 
+
+def _is_transforming() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+# The compiler is to ask, not to trace, it: torch.compiler.assume_constant_result would do the same,
+# but import the compiler with us.
+_is_transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 # Before torch 2.7 nothing tells torch.export from torch.compile.
 _is_exporting: Callable[[], bool] = getattr(
