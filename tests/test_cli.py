@@ -349,3 +349,19 @@ def test_as_a_module(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "xunit_rs", "denoise", str(tmp_path / "none.png")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "none.png" in one_line(done.stderr)
+
+
+def test_the_model_suits_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+
+    def load(name: str, **options: object) -> Denoiser:
+        names.append(name)
+        return Denoiser(Darker())
+
+    monkeypatch.setattr(cli.Denoiser, "from_pretrained", load)
+    (tmp_path / "in").mkdir()
+    for i, mode in enumerate(["L", "RGB", "RGBA", "LA", "P", "L"]):
+        Image.new(mode, (4, 4)).save(tmp_path / "in" / f"{i}.png")
+    assert cli.main(["denoise", str(tmp_path / "in")]) == 0
+    assert names == ["gray-blind", "color-blind"]
+    assert len(list((tmp_path / "in-denoised").iterdir())) == 6

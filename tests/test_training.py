@@ -129,6 +129,33 @@ def test_the_result_is_the_average_and_tells_its_recipe(data: Path, out: Path) -
     assert str(data.parent) not in metadata["data"]
 
 
+def test_noise_of_a_range(data: Path, out: Path) -> None:
+    patches = Patches(data, 12, 1, 0)
+    deviations = patches.batch(0, 400, (10.0, 40.0))[1].std((1, 2, 3)) * 255
+    assert 5 < deviations.min() < 15 and 35 < deviations.max() < 50
+    assert 22 < deviations.mean() < 28
+    path = training.train(data, out, steps=20, sigma=(0, 55), val=data, validations=2, **TINY)
+    safetensors = pytest.importorskip("safetensors")
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["sigma"] == "0-55"
+    assert (
+        "(sigma 25)" in metadata["validation_psnr"] and "(sigma 50)" in metadata["validation_psnr"]
+    )
+    assert len(_log(out, "psnr")) == 4
+    with pytest.raises(ValueError, match=r"\(40, 10\)"):
+        training.train(data, out / "b", steps=1, sigma=(40, 10), **TINY)
+
+
+def test_colour_starts_from_grey(data: Path, out: Path) -> None:
+    grey = XDnCNN("2018", 1, 3, 2).eval()
+    colour = XDnCNN("2018", 3, 3, 2).eval()
+    grey.save(out.with_suffix(".safetensors"))
+    loop._start_from(colour, out.with_suffix(".safetensors"))
+    x = torch.rand(1, 1, 9, 9)
+    torch.testing.assert_close(colour(x.repeat(1, 3, 1, 1)), grey(x).repeat(1, 3, 1, 1))
+
+
 def test_the_average_of_steady_weights_is_those_weights(data: Path, out: Path) -> None:
     out.mkdir()
     model = XDnCNN("2018", 1, 3, 2)

@@ -2,8 +2,8 @@
 
     python tools/make_weights.py RUN/xdncnn.safetensors NAME --test SET=FOLDER [--test ...]
 
-Measured is the runtime without PyTorch, at the noise level the network was trained for, by the
-protocol "kair"; the metadata of training (recipe, data, validation) are kept.
+Measured is the runtime without PyTorch, by the protocol "kair", at the noise level the network was
+trained for, or at those of --sigma; the metadata of training (recipe, data, validation) are kept.
 """
 
 from __future__ import annotations
@@ -30,15 +30,19 @@ def main() -> None:
     parser.add_argument("trained", type=Path, help="result of `xunit-rs train`")
     parser.add_argument("name", help="of the network in the package")
     parser.add_argument("--test", type=test_set, action="append", required=True)
+    parser.add_argument("--sigma", type=float, action="append", help="noise, 0-255 scale")
     parser.add_argument("--license", default="MIT OR Apache-2.0")
     args = parser.parse_args()
     denoiser = Denoiser.from_pretrained(args.trained)
     metadata = dict(denoiser.network.metadata)  # type: ignore[attr-defined]
-    sigma = float(metadata["sigma"])
+    sigmas = args.sigma or [float(metadata["sigma"])]
     for name, folder in args.test:
-        result = evaluate(denoiser, folder, sigma, "kair")
-        metadata[f"psnr_{name}"] = f"{result.psnr:.3f} dB (kair, sigma {sigma:g})"
-        print(f"{name}: {metadata[f'psnr_{name}']}, {result.images} images")
+        results = [evaluate(denoiser, folder, sigma, "kair") for sigma in sigmas]
+        measured = [
+            f"{r.psnr:.3f} dB (kair, sigma {s:g})" for r, s in zip(results, sigmas, strict=True)
+        ]
+        metadata[f"psnr_{name}"] = ", ".join(measured)
+        print(f"{name}: {metadata[f'psnr_{name}']}, {results[0].images} images")
     metadata["license"] = args.license
     WEIGHTS.mkdir(exist_ok=True)
     target = WEIGHTS / f"{args.name}.safetensors"

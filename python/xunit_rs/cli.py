@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import io
 import json
@@ -21,10 +22,27 @@ from .denoise import DEFAULT_MODEL, Denoiser, pretrained_names
 
 __all__ = ["main"]
 
+# What `denoise` runs where no model is named: the noise of a photo is not known.
+_GREY_MODEL = "gray-blind"
+_COLOUR_MODEL = "color-blind"
+
+
+def _sigmas(text: str) -> float | tuple[float, float]:
+    try:
+        return float(text)
+    except ValueError:
+        low, _, high = text.partition("-")
+        return float(low), float(high)
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
 # Keywords of training.train, which holds the defaults: what is not given is not passed on.
 _TRAIN_OPTIONS: list[tuple[str, Callable[[str], Any], str]] = [
     ("version", str, "form of the network: 2018 or 2021"),
-    ("sigma", float, "noise standard deviation, 0-255 scale"),
+    ("sigma", _sigmas, "noise standard deviation, 0-255 scale, or a range such as 0-55"),
     ("steps", int, "number of optimiser steps; with --resume by default those of before"),
     ("time-budget", float, "seconds after which training ends, results saved"),
     ("patch-size", int, "side of the training patches, pixels"),
@@ -36,6 +54,8 @@ _TRAIN_OPTIONS: list[tuple[str, Callable[[str], Any], str]] = [
     ("depth", int, "number of blocks"),
     ("init", Path, "checkpoint to start from; not read with --resume"),
     ("val", Path, "folder of clean images to measure PSNR on"),
+    ("val-sigma", _numbers, "noise to measure it at, such as 25,50 (default: of training)"),
+    ("validations", int, "how often over the run"),
     ("precision", str, "auto, float32 or bfloat16"),
     ("ema-decay", float, "decay of the moving average of the weights"),
     ("checkpoint-every", float, "seconds between checkpoints"),
@@ -109,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="the same, and with --overwrite it is replaced if it exists",
     )
-    _add_model(sub)
+    _add_model(sub, None, f"{_GREY_MODEL} for grey images, {_COLOUR_MODEL} for colour")
     sub.add_argument(
         "--tile", type=_natural, help="side of the tiles, pixels; 0 = whole image (default: auto)"
     )
@@ -134,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("eval", _evaluate, "measure a denoiser's PSNR on clean images")
     sub.add_argument("--data", type=Path, required=True, help="folder of clean images")
-    _add_model(sub)
+    _add_model(sub, DEFAULT_MODEL, DEFAULT_MODEL)
     sub.add_argument("--sigma", type=float, default=25.0, help="0-255 scale (default: 25)")
     sub.add_argument(
         "--protocol", choices=("kair", "official2018"), default="kair", help="default: kair"
@@ -146,13 +166,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, default: str | None, what: str) -> None:
     names = ", ".join(pretrained_names()) or "none shipped"
     parser.add_argument(
         "--model",
         metavar="NAME|PATH",
-        default=DEFAULT_MODEL,
-        help=f"{names}, or a .safetensors file (default: {DEFAULT_MODEL})",
+        default=default,
+        help=f"{names}, or a .safetensors file (default: {what})",
     )
 
 
@@ -190,7 +210,13 @@ def _denoise(args: argparse.Namespace) -> int:
         )
     args.output = args.output or args.named
     jobs, existing = _jobs(args.input, args.output, args.overwrite)
-    denoiser = Denoiser.from_pretrained(args.model, tile=args.tile, threads=args.threads)
+
+    @functools.cache
+    def load(name: str) -> Denoiser:
+        return Denoiser.from_pretrained(name, tile=args.tile, threads=args.threads)
+
+    if args.model is not None:
+        load(args.model)  # or fail before the first image
     if args.input.is_dir() and jobs:
         jobs[0][1].parent.mkdir(parents=True, exist_ok=True)
     failures = 0
@@ -200,7 +226,9 @@ def _denoise(args: argparse.Namespace) -> int:
             try:
                 image = images.read(source)
                 images.check_target(target, image.mode, overwrite=args.overwrite)
-                images.write(denoiser(image), target, overwrite=args.overwrite)
+                colour = image.mode in ("RGB", "RGBA")
+                model = args.model or (_COLOUR_MODEL if colour else _GREY_MODEL)
+                images.write(load(model)(image), target, overwrite=args.overwrite)
             except (ValueError, TypeError, OSError) as error:
                 bar.clear()
                 text = str(error)

@@ -72,11 +72,12 @@ class Patches:
         return f"{len(self.images)} images, crc32 {checksum:08x}"
 
     def batch(
-        self, index: int, count: int, sigma: float
+        self, index: int, count: int, sigma: float | tuple[float, float]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Clean patches in [0, 1] and their noise, both (count, C, patch_size, patch_size).
 
-        sigma: standard deviation of the noise on the 0-255 scale.
+        sigma: standard deviation of the noise on the 0-255 scale, or the range from which each
+        patch draws its own.
         """
         rng = np.random.default_rng([self.seed, index])
         size = self.patch_size
@@ -92,5 +93,9 @@ class Patches:
             patch = patch[:, ::-1] if turn >= 4 else patch
             clean.append(patch[None] if patch.ndim == 2 else np.moveaxis(patch, 2, 0))
         x = np.stack(clean).astype(np.float32) / np.float32(255)
-        noise = rng.standard_normal(x.shape, dtype=np.float32) * np.float32(sigma / 255)
+        noise = rng.standard_normal(x.shape, dtype=np.float32)
+        if isinstance(sigma, tuple):
+            noise *= (rng.uniform(*sigma, (count, 1, 1, 1)) / 255).astype(np.float32)
+        else:
+            noise *= np.float32(sigma / 255)
         return x, noise

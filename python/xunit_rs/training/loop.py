@@ -12,9 +12,9 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,6 @@ _DEFAULT_STEPS = 20_000
 _WARM_UP = 0.04  # share of the run in which the learning rate rises
 _FINAL_LR = 1e-3  # of the peak
 _MAX_GRADIENT_NORM = 1.0
-_VALIDATIONS = 20  # over the run
 _LOG_EVERY = 50  # steps
 
 
@@ -47,7 +46,7 @@ def train(
     *,
     version: str = "2018",
     steps: int | None = None,
-    sigma: float = 25.0,
+    sigma: float | tuple[float, float] = 25.0,
     patch_size: int = 64,
     batch_size: int = 16,
     lr: float = 1e-3,
@@ -62,6 +61,8 @@ def train(
     depth: int | None = None,
     ema_decay: float = 0.999,
     val: str | os.PathLike[str] | None = None,
+    val_sigma: Sequence[float] | None = None,
+    validations: int = 20,
     checkpoint_every: float = 120.0,
 ) -> Path:
     """Train an XDnCNN to predict white Gaussian noise; return the path of its weights.
@@ -70,16 +71,19 @@ def train(
     `lr` and falls along a cosine to nearly 0, over `steps` or over `time_budget`, whichever is
     used up first. The result is the moving average of the weights.
 
-    data: folder of clean images; val: folder of clean images for PSNR along the way (kair).
+    data: folder of clean images.
+    val: folder of clean images for PSNR along the way (kair), `validations` times over the run, at
+        each of `val_sigma`: by default sigma, or what lies in the range of 25 and 50.
     out: folder for ``xdncnn.safetensors`` (the result), ``last.pt`` (to resume) and ``log.jsonl``.
     steps: optimiser steps; without it 20 000, or as many as fit into the time budget.
     time_budget: seconds of training, counted over all resumed parts.
-    sigma: noise standard deviation, 0-255 scale. patch_size: in pixels.
+    sigma: noise standard deviation, 0-255 scale, or the range from which each patch draws its own,
+        for a blind denoiser. patch_size: in pixels.
     resume: go on from ``last.pt``, under the same arguments, though `steps` and `time_budget` may
         be others, and are those of before if neither is given; with the same `steps` alone the
         result is bit for bit that of an uninterrupted run.
-    init: checkpoint whose weights to start from, not read to resume. threads: default, torch's own
-        setting.
+    init: checkpoint whose weights to start from, not read to resume; those of a grey network are
+        spread over the channels of a colour one. threads: default, torch's own setting.
     precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 on a CPU with AMX tiles.
     ema_decay: of the moving average; it starts lower. checkpoint_every: seconds.
 
@@ -89,7 +93,7 @@ def train(
     TrainingError (a ValueError) if the loss is no longer finite (the last checkpoint is kept) or
     the checkpoint is of other arguments.
     """
-    _at_least(1, batch_size=batch_size, patch_size=patch_size)
+    _at_least(1, batch_size=batch_size, patch_size=patch_size, validations=validations)
     _at_least(0, seed=seed)
     if steps is not None:
         _at_least(1, steps=steps)
@@ -98,8 +102,14 @@ def train(
     _positive(lr=lr, checkpoint_every=checkpoint_every)
     if time_budget is not None:
         _positive(time_budget=time_budget)
-    if not (math.isfinite(sigma) and sigma >= 0):
-        raise ValueError(f"sigma must be a finite number, 0 or more, got {sigma!r}")
+    low, high = sigma if isinstance(sigma, tuple) else (sigma, sigma)
+    if not (math.isfinite(high) and 0 <= low <= high):
+        raise ValueError(f"sigma must be finite, 0 or more, a range rising, got {sigma!r}")
+    if val_sigma is None:
+        val_sigma = [s for s in (25.0, 50.0) if low < s < high] or [high]
+    for level in val_sigma:
+        if not (math.isfinite(level) and level >= 0):
+            raise ValueError(f"val_sigma must be finite numbers, 0 or more, got {level!r}")
     if not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay!r}")
     if steps is None and time_budget is None and not resume:
@@ -112,7 +122,7 @@ def train(
     config = {
         "version": version,
         "steps": steps,
-        "sigma": float(sigma),
+        "sigma": (float(low), float(high)) if isinstance(sigma, tuple) else float(sigma),
         "patch_size": patch_size,
         "batch_size": batch_size,
         "lr": float(lr),
@@ -133,8 +143,15 @@ def train(
         if resume:
             run.load()
         out.mkdir(parents=True, exist_ok=True)
-        run.loop(None if val is None else Path(val), checkpoint_every)
+        validation = _Validation(None if val is None else Path(val), val_sigma, validations)
+        run.loop(validation, checkpoint_every)
         return run.finish(Path(data).resolve().name)
+
+
+class _Validation(NamedTuple):
+    folder: Path | None
+    sigmas: Sequence[float]
+    times: int  # over the run
 
 
 class _Run:
@@ -147,7 +164,7 @@ class _Run:
         self.optimiser = torch.optim.Adam(model.parameters(), lr=config["lr"])
         self.step = 0
         self.elapsed = 0.0
-        self.psnr: float | None = None
+        self.psnr: dict[float, float] = {}  # of the last validation, by sigma
 
     @property
     def progress(self) -> float:
@@ -158,22 +175,24 @@ class _Run:
             0.0 if budget is None else min(1.0, self.elapsed / budget),
         )
 
-    def loop(self, val: Path | None, checkpoint_every: float) -> None:
+    def loop(self, validation: _Validation, checkpoint_every: float) -> None:
         log = _Log(self.out / "log.jsonl")
         before = self.elapsed
         start = last_save = time.monotonic()
         loss_sum, loss_count = 0.0, 0
         with _Signals() as signals, _Progress(self) as bar:
             while self.progress < 1:
-                done = int(self.progress * _VALIDATIONS)
+                done = int(self.progress * validation.times)
                 rate = self._learning_rate()
                 loss_sum += self._train_step(rate)
                 loss_count += 1
                 self.elapsed = before + time.monotonic() - start
-                if val is not None and int(self.progress * _VALIDATIONS) > done:
-                    self.psnr = evaluate(self.average, val, self.config["sigma"]).psnr
-                    self.elapsed = before + time.monotonic() - start
-                    log.write(step=self.step, elapsed=self.elapsed, psnr=self.psnr)
+                if validation.folder and int(self.progress * validation.times) > done:
+                    for sigma in validation.sigmas:
+                        psnr = evaluate(self.average, validation.folder, sigma).psnr
+                        self.elapsed = before + time.monotonic() - start
+                        log.write(step=self.step, elapsed=self.elapsed, sigma=sigma, psnr=psnr)
+                        self.psnr[sigma] = psnr
                 finished = self.progress >= 1
                 if finished or self.step % _LOG_EVERY == 0:
                     loss = loss_sum / loss_count
@@ -272,6 +291,9 @@ class _Run:
         self.psnr = state["psnr"]
         _truncate_log(self.out / "log.jsonl", self.step)
 
+    def validated(self) -> str:
+        return ", ".join(f"{psnr:.3f} dB (sigma {sigma:g})" for sigma, psnr in self.psnr.items())
+
     def finish(self, data_name: str) -> Path:
         config = self.config
         recipe = (
@@ -281,12 +303,12 @@ class _Run:
             f"{self.elapsed:.0f} s"
         )
         metadata = {
-            "sigma": f"{config['sigma']:g}",
+            "sigma": "-".join(f"{s:g}" for s in _pair(config["sigma"])),
             "recipe": recipe,
             "data": f"{data_name} ({config['data']})",
         }
-        if self.psnr is not None:
-            metadata |= {"validation_psnr": f"{self.psnr:.3f}", "protocol": "kair"}
+        if self.psnr:
+            metadata |= {"validation_psnr": self.validated(), "protocol": "kair"}
         path = self.out / "xdncnn.safetensors"
         self.average.save(path, **metadata)
         return path
@@ -327,8 +349,8 @@ class _Progress:
         ]
         if self.loss:
             parts.append(f"train {-10 * math.log10(self.loss):.2f} dB")
-        if run.psnr is not None:
-            parts.append(f"val {run.psnr:.3f} dB")
+        if run.psnr:
+            parts.append(f"val {run.validated()}")
         line = ", ".join(parts)
         end = "" if self.live and not finished else "\n"
         print(f"\r\x1b[K{line}" if self.live else line, end=end, file=self.stream, flush=True)
@@ -407,10 +429,24 @@ def _start_from(model: XDnCNN, init: str | os.PathLike[str]) -> None:
     other = XDnCNN.from_pretrained(init)
     if other.version != model.version:
         raise ValueError(f"{init}: is of version {other.version}, not {model.version}")
+    state = other.state_dict()
+    if other.channels == 1 < model.channels:
+        # The colour network sees the mean of the channels at first, and takes its noise from each.
+        head, count = state["blocks.0.conv.weight"], model.channels
+        state["blocks.0.conv.weight"] = head.repeat(1, count, 1, 1) / count
+        for key in ("tail.weight", "tail.bias"):
+            state[key] = state[key].repeat_interleave(count, 0)
+        for key in [key for key in state if key.startswith("blocks.0.norm.")]:
+            if state[key].dim():
+                state[key] = state[key].repeat(count)
     try:
-        model.load_state_dict(other.state_dict())
+        model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{init}: does not fit the network to train: {error}") from error
+
+
+def _pair(sigma: float | tuple[float, float]) -> tuple[float, ...]:
+    return sigma if isinstance(sigma, tuple) else (sigma,)
 
 
 def _precision(name: str) -> str:
