@@ -437,3 +437,16 @@ def test_denoising_imports_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_strength_blends() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    network = Denoiser.from_pretrained(DEFAULT_MODEL).network
+    whole = Denoiser(network)(image).astype(float)
+    half = Denoiser(network, strength=0.5)(image)
+    assert np.abs(half - (image + whole) / 2).max() <= 1
+    assert np.abs(half.astype(float) - image).max() > 10
+    assert np.array_equal(Denoiser(network, strength=0)(image), image)
+    for strength in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=f"{strength}"):
+            Denoiser(network, strength=strength)

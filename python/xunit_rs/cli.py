@@ -131,6 +131,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model(sub, None, f"{_GREY_MODEL} for grey images, {_COLOUR_MODEL} for colour")
     sub.add_argument(
+        "--strength",
+        type=float,
+        default=1.0,
+        help="share of the noise to take away, 0 to 1 (default: %(default)g)",
+    )
+    sub.add_argument(
         "--tile", type=_natural, help="side of the tiles, pixels; 0 = whole image (default: auto)"
     )
     sub.add_argument("--threads", type=_natural, default=0, help="0 = all cores (default)")
@@ -213,7 +219,9 @@ def _denoise(args: argparse.Namespace) -> int:
 
     @functools.cache
     def load(name: str) -> Denoiser:
-        return Denoiser.from_pretrained(name, tile=args.tile, threads=args.threads)
+        return Denoiser.from_pretrained(
+            name, tile=args.tile, threads=args.threads, strength=args.strength
+        )
 
     if args.model is not None:
         load(args.model)  # or fail before the first image

@@ -87,10 +87,21 @@ class Denoiser:
     tile: side in pixels of the tiles a large image is cut into, which bounds memory; 0 = whole
         image, None = 512 for images above one megapixel, else whole. The result is the same.
     threads: number of threads; 0 = default.
+    strength: share of the noise to take away, 0 to 1: image + strength · (network(image) - image).
     """
 
-    def __init__(self, network: Network, *, tile: int | None = None, threads: int = 0) -> None:
+    def __init__(
+        self,
+        network: Network,
+        *,
+        tile: int | None = None,
+        threads: int = 0,
+        strength: float = 1.0,
+    ) -> None:
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength must lie in [0, 1], got {strength!r}")
         self.network = network
+        self.strength = strength
         self.tile = None if tile is None else _count("tile", tile)
         self.threads = _count("threads", threads)
 
@@ -101,6 +112,7 @@ class Denoiser:
         *,
         tile: int | None = None,
         threads: int = 0,
+        strength: float = 1.0,
     ) -> Denoiser:
         """Load a network by the name of one that comes with the package, or from a file.
 
@@ -110,7 +122,8 @@ class Denoiser:
         path = find_weights(name_or_path)
         from ._core import Network as CoreNetwork
 
-        return cls(cast(Network, CoreNetwork.load(str(path))), tile=tile, threads=threads)
+        network = cast(Network, CoreNetwork.load(str(path)))
+        return cls(network, tile=tile, threads=threads, strength=strength)
 
     def __call__(self, image: Any, *, tile: int | None = None, threads: int | None = None) -> Any:
         """Denoise an array, a PIL image or an image file; see the class. Arguments override it.
@@ -182,6 +195,8 @@ class Denoiser:
             tile = _AUTO_TILE if image.shape[0] * image.shape[1] > _WHOLE_IMAGE_PIXELS else 0
         with np.errstate(invalid="ignore", over="ignore"):
             clean = self._run(source, tile, threads)
+        if self.strength != 1:
+            clean = source + np.float32(self.strength) * (clean - source)
         if not np.isfinite(clean).all():
             raise ValueError(f"{self!r} gives values that are not finite: are its weights sound?")
         if scale is not None:
