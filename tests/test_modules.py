@@ -385,3 +385,35 @@ def test_integers_of_numpy_are_integers(backend):
     torch.testing.assert_close(conv(x), plain(x))
     out = functional.depthwise_conv2d(x, conv.weight, None, two, (two, 1), two, backend=backend)
     assert out.shape == (1, 2, 5, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [
+        (3, {}),
+        (7, {}),
+        ((3, 5), {"padding": (0, 4)}),
+        (3, {"padding": 4}),
+        (5, {"stride": 2, "padding": 2}),
+        (3, {"dilation": 2}),
+        (7, {"bias": False}),
+    ],
+)
+def test_depthwise_conv_in_channels_last(dtype, kernel, options):
+    torch.manual_seed(0)
+    module = DepthwiseConv2d(19, kernel, backend="rust", dtype=dtype, **options)
+    twin = DepthwiseConv2d(19, kernel, backend="torch", dtype=torch.float64, **options)
+    twin.load_state_dict(module.state_dict())
+    x = torch.randn(2, 19, 11, 12, dtype=dtype).to(memory_format=torch.channels_last)
+    outputs = []
+    for m in (module, twin):
+        t = x.detach().to(m.weight.dtype).requires_grad_()
+        out = m(t)
+        assert out.is_contiguous(memory_format=torch.channels_last) or m is twin
+        out.backward(torch.ones_like(out) * out.detach())
+        outputs.append([out.detach(), t.grad, *(p.grad for p in m.parameters())])
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 0.05}[dtype]
+    for got, want in zip(*outputs, strict=True):
+        scale = want.abs().max().item()
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance * scale)
