@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("name", help="of the network in the package")
     parser.add_argument("--test", type=test_set, action="append", required=True)
     parser.add_argument("--sigma", type=float, action="append", help="noise, 0-255 scale")
+    parser.add_argument("--init", help="name of the network that the training started from")
     parser.add_argument("--license", default="MIT OR Apache-2.0")
     args = parser.parse_args()
     denoiser = Denoiser.from_pretrained(args.trained)
@@ -43,6 +44,8 @@ def main() -> None:
         ]
         metadata[f"psnr_{name}"] = ", ".join(measured)
         print(f"{name}: {metadata[f'psnr_{name}']}, {results[0].images} images")
+    if args.init:
+        metadata["init"] = args.init
     metadata["license"] = args.license
     WEIGHTS.mkdir(exist_ok=True)
     target = WEIGHTS / f"{args.name}.safetensors"
