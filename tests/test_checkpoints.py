@@ -109,7 +109,7 @@ def _agree(path: Path, match: str | None) -> None:
         ({"format": "tf"}, "format"),
         ({"architecture": "unet"}, "unknown architecture 'unet'|unknown architecture \"unet\""),
         ({"architecture": "OTHER"}, "architecture is .*xdncnn-"),
-        ({"gate": "step"}, "unknown gate"),
+        ({"gate": "step"}, "gate .*step"),
         ({"features": "5"}, "features"),
         ({"depth": "3"}, "depth"),
         ({"kernel_size": "5"}, "kernel_size"),

@@ -286,7 +286,7 @@ for _name, _content, _text in (
     ("text", lambda _: b"no network", "not a PyTorch file"),
     ("truncated", lambda _: _saved({"a": torch.zeros(999)})[:-600], "not a PyTorch file"),
     ("a list", lambda _: _saved([torch.zeros(3)]), "not a state dict"),
-    ("other keys", lambda _: _saved({"a": torch.zeros(3)}), "not an official xDnCNN"),
+    ("other keys", lambda _: _saved({"a": torch.zeros(3)}), "not a network we know"),
 ):
     add("network file", f"checkpoint: {_name}", ValueError, _text, _load_checkpoint(_content))
 

@@ -1,4 +1,4 @@
-"""Checkpoints of xDnCNN: the official files of 2018 and 2021, and safetensors of our own.
+"""Checkpoints: the official files of 2018 and 2021, KAIR's DnCNN, and safetensors of our own.
 
 A file is recognised by its keys and shapes. Pickles are read by torch's restricted unpickler, which
 makes tensors and plain containers and refuses everything else.
@@ -11,7 +11,6 @@ from . import _torch  # noqa: F401
 # isort: split
 import io
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,14 +19,24 @@ import torch
 from torch import Tensor
 
 from ._files import replacing
+from ._layouts import LAYOUTS, OFFICIAL, merge_batch_norm
 from .denoise import find_weights, pretrained_names
 
-__all__ = ["Checkpoint", "CheckpointError", "convert", "list_weights", "load", "save"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "convert",
+    "list_weights",
+    "load",
+    "merge_batch_norm",
+    "save",
+]
 
 _PICKLES = (".pkl", ".pt", ".pth", ".ckpt")
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "params")
 _MAX_KERNEL = 255  # as of the reader in Rust
-_STATISTICS = ("weight", "bias", "running_mean", "running_var")
+# Not in the metadata: the architecture says the one, and the other is the same in every file.
+_UNSAID = ("version", "batch_norm")
 
 
 class CheckpointError(ValueError):
@@ -35,8 +44,13 @@ class CheckpointError(ValueError):
 
 
 class Checkpoint(NamedTuple):
-    """state: tensors by the keys of models.XDnCNN; config: its arguments; metadata: of the file."""
+    """What a file holds.
 
+    architecture: such as "xdncnn-2018"; state: tensors by the keys of its class in `models`;
+    config: the arguments of that class; metadata: of the file.
+    """
+
+    architecture: str
     state: dict[str, Tensor]
     config: dict[str, Any]
     metadata: dict[str, str]
@@ -51,8 +65,9 @@ def load(name_or_path: str | os.PathLike[str]) -> Checkpoint:
     """Read a network by the name of one in the package, or from a .pkl, .pt or .safetensors file.
 
     Weights are float32, or float64, which become float32. Where safetensors have no metadata, the
-    keys tell the version. Raises CheckpointError for a file that is no such network (truncated,
-    hostile, other keys or shapes, NaN or infinity), FileNotFoundError for a missing one.
+    keys tell the architecture. Raises CheckpointError for a file that is no such network
+    (truncated, hostile, other keys or shapes, NaN or infinity), FileNotFoundError for a missing
+    one.
     """
     path = Path(os.fspath(name_or_path))
     if path.suffix.lower() not in _PICKLES:
@@ -77,26 +92,32 @@ def convert(
     checkpoint = load(source)
     metadata = dict(checkpoint.metadata)
     metadata.setdefault("source", Path(os.fspath(source)).name)
-    save(target, checkpoint.state, checkpoint.config, metadata)
+    save(target, checkpoint.architecture, checkpoint.state, checkpoint.config, metadata)
 
 
 def save(
     path: str | os.PathLike[str],
+    architecture: str,
     state: Mapping[str, Tensor],
     config: Mapping[str, Any],
     metadata: Mapping[str, Any],
 ) -> None:
-    """Write a state dict of models.XDnCNN as safetensors, whole or not at all.
+    """Write a network as safetensors, whole or not at all.
 
-    config: the arguments of XDnCNN; metadata: what else is known, values become strings.
+    architecture, state and config: as in :class:`Checkpoint`; metadata: what else is known, values
+    become strings. Raises ValueError for a state that `config` does not call for.
     """
     save_file = _safetensors().save_file
     path = Path(os.fspath(path))
     if path.suffix.lower() != ".safetensors":
         raise ValueError(f"{path}: the name must end in .safetensors")
+    shapes = _shapes(architecture, config)
+    for key in sorted(shapes.keys() ^ state.keys()):
+        what = "missing" if key in shapes else "not of this architecture"
+        raise ValueError(f"{path}: not written: {key} is {what}, {architecture!r}")
     header = {str(k): str(v) for k, v in metadata.items()}
-    header |= {k: str(v) for k, v in config.items() if k != "version"}
-    header |= {"format": "xunit-rs", "architecture": f"xdncnn-{config['version']}"}
+    header |= {k: str(v) for k, v in config.items() if k not in _UNSAID}
+    header |= {"format": "xunit-rs", "architecture": architecture}
     tensors = {k: t.detach().cpu().contiguous().clone() for k, t in state.items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=header)
@@ -123,21 +144,21 @@ def _load_safetensors(path: Path) -> Checkpoint:
         state: dict[str, Tensor] = library.load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from error
-    return _checked(path, _version(path, state, metadata), state, metadata)
+    _check_memory(path, state)
+    return _checked(path, _architecture(path, state, metadata), state, metadata)
 
 
-def _version(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+def _architecture(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """What the metadata say and the keys confirm; what the keys show where there are none.
 
-    As the reader in Rust has it, so that the Denoiser and XDnCNN take the same files.
+    As the reader in Rust has it, so that the Denoiser and the models take the same files.
     """
     # "pt" is what the safetensors library itself writes for torch.
     if metadata.get("format", "pt") not in ("xunit-rs", "pt"):
         raise CheckpointError(
             f"{path}: not a network of xunit-rs: format is {metadata['format']!r}"
         )
-    marks = {"2018": "blocks.0.xunit.features.3.weight", "2021": "blocks.0.norm.weight"}
-    shown = [version for version, key in marks.items() if key in state]
+    shown = _shown(state)
     said = metadata.get("architecture")
     if said is None:
         if len(shown) != 1:
@@ -145,14 +166,17 @@ def _version(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str
                 f"{path}: no metadata name an architecture, and the keys fit no or several"
             )
         return shown[0]
-    version = said.removeprefix("xdncnn-")
-    if version not in marks or version == said:
+    if said not in LAYOUTS:
         raise CheckpointError(f"{path}: unknown architecture {said!r}")
-    if len(shown) == 1 and shown[0] != version:
+    if len(shown) == 1 and shown[0] != said:
         raise CheckpointError(
-            f"{path}: architecture is {said!r}, but {marks[shown[0]]} is of 'xdncnn-{shown[0]}'"
+            f"{path}: architecture is {said!r}, but {LAYOUTS[shown[0]].mark} is of {shown[0]!r}"
         )
-    return version
+    return said
+
+
+def _shown(state: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, layout in LAYOUTS.items() if layout.mark in state]
 
 
 def _load_pickle(path: Path) -> Checkpoint:
@@ -175,89 +199,50 @@ def _load_pickle(path: Path) -> Checkpoint:
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: {key!r} is a {type(value).__name__}, not a tensor")
         state[key.removeprefix("module.")] = value
-    if "joints.weight" in state:
-        version, rename = "2018", _from_2018
-    elif "features_to_image.weight" in state:
-        version, rename = "2021", _from_2021
-    else:
-        known = "joints.weight (2018) or features_to_image.weight (2021)"
+    _check_memory(path, state)
+    for official in OFFICIAL:
+        if all(mark in state for mark in official.marks):
+            try:
+                state = official.ours(state)
+            except KeyError as error:
+                raise CheckpointError(f"{path}: unexpected or missing key {error}") from error
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {error}") from error
+            return _checked(path, official.architecture, state, {})
+    shown = _shown(state)
+    if len(shown) != 1:
         raise CheckpointError(
-            f"{path}: not an official xDnCNN: no {known} among its {len(state)} keys, "
+            f"{path}: not a network we know: its {len(state)} keys tell none, "
             f"the first of which is {next(iter(state))!r}"
         )
-    ours: dict[str, Tensor] = {}
-    for key, value in state.items():
-        name = rename(key)
-        if name is None:
-            raise CheckpointError(f"{path}: unexpected key {key!r}")
-        ours[name] = value
-    return _checked(path, version, ours, {})
-
-
-def _from_2018(key: str) -> str | None:
-    if key.startswith("joints."):
-        return f"tail.{key.removeprefix('joints.')}"
-    match = re.fullmatch(r"md([1-9]\d*)\.([01])\.(.+)", key)
-    if match is None:
-        return None
-    block, slot, rest = int(match[1]) - 1, int(match[2]), match[3]
-    # md1 holds a unit, every later md a BatchNorm and a unit.
-    if block > 0 and slot == 0:
-        return f"blocks.{block}.norm.{rest}"
-    if slot == min(block, 1):
-        for official, ours in (("features.0.", "conv."), ("module.", "xunit.features.")):
-            if rest.startswith(official):
-                return f"blocks.{block}.{ours}{rest.removeprefix(official)}"
-    return None
-
-
-def _from_2021(key: str) -> str | None:
-    if key.startswith("features_to_image."):
-        return f"tail.{key.removeprefix('features_to_image.')}"
-    match = re.fullmatch(r"(?:image_to_features|features\.(\d+))\.(bn|conv|xunit)\.(.+)", key)
-    if match is None:
-        return None
-    block = 0 if match[1] is None else int(match[1]) + 1
-    layer = "norm" if match[2] == "bn" else match[2]
-    return f"blocks.{block}.{layer}.{match[3]}"
+    return _checked(path, shown[0], state, {})
 
 
 def _checked(
     path: Path,
-    version: str,
+    architecture: str,
     state: dict[str, Tensor],
     metadata: dict[str, str],
 ) -> Checkpoint:
     """Read the sizes off the shapes, and compare every key and shape with what they call for."""
-    _check_memory(path, state)
-    first = state.get("blocks.0.conv.weight")
-    unit = state.get(f"blocks.0.xunit.features.{2 if version == '2018' else 0}.weight")
-    if first is None or unit is None or first.dim() != 4 or unit.dim() != 4:
-        raise CheckpointError(f"{path}: an xDnCNN of {version} without its first block")
-    config: dict[str, Any] = {
-        "version": version,
-        "channels": first.shape[1],
-        "features": first.shape[0],
-        "depth": len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
-        "kernel_size": unit.shape[-1],
-        "gate": metadata.get("gate", "gaussian" if version == "2018" else "sigmoid"),
-    }
-    if config["gate"] not in ("sigmoid", "gaussian"):
-        raise CheckpointError(f"{path}: unknown gate {config['gate']!r}")
-    if 0 in first.shape:
-        raise CheckpointError(f"{path}: blocks.0.conv.weight is empty: {tuple(first.shape)}")
-    if config["kernel_size"] % 2 == 0 or config["kernel_size"] > _MAX_KERNEL:
+    try:
+        config = LAYOUTS[architecture].sizes(state)
+    except (KeyError, IndexError) as error:
+        raise CheckpointError(f"{path}: not a whole {architecture!r}: {error}") from error
+    if architecture.startswith("xdncnn"):
+        config["gate"] = metadata.get("gate", "gaussian" if "2018" in architecture else "sigmoid")
+    if config.get("kernel_size", 1) > _MAX_KERNEL:
         raise CheckpointError(
-            f"{path}: the kernel of the units must be odd and at most {_MAX_KERNEL}: "
-            f"{tuple(unit.shape)}"
+            f"{path}: the kernel of the units is {config['kernel_size']}, over {_MAX_KERNEL}"
         )
-    for name in ("channels", "features", "depth", "kernel_size"):
+    for name, value in config.items():
         said = metadata.get(name)
-        if said is not None and said.strip() != str(config[name]):
-            raise CheckpointError(
-                f"{path}: the metadata say {name} = {said}, the shapes {config[name]}"
-            )
-    shapes = _shapes(**{k: v for k, v in config.items() if k != "gate"})
+        if said is not None and said.strip() != str(value) and name not in _UNSAID:
+            raise CheckpointError(f"{path}: the metadata say {name} = {said}, the shapes {value}")
+    try:
+        shapes = _shapes(architecture, config)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     for key, shape in shapes.items():
         if key not in state and key.endswith("num_batches_tracked"):
             state[key] = torch.tensor(0)  # came with PyTorch 0.4.1; files of 2018 are older
@@ -275,7 +260,16 @@ def _checked(
     for key in state:
         if key not in shapes:
             raise CheckpointError(f"{path}: unexpected key {key!r}")
-    return Checkpoint({key: state[key] for key in shapes}, config, metadata)
+    return Checkpoint(architecture, {key: state[key] for key in shapes}, config, metadata)
+
+
+def _shapes(architecture: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every key of a network with its shape; ValueError for sizes that its class refuses."""
+    from .models import build  # which reads its files through this module
+
+    with torch.device("meta"):  # whatever a file asks for, nothing is allocated
+        model = build(architecture, dict(config))
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
 def _check_memory(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -292,33 +286,3 @@ def _check_memory(path: Path, state: Mapping[str, Tensor]) -> None:
         raise CheckpointError(
             f"{path}: its tensors are of {called_for} bytes, of which it holds {sum(held.values())}"
         )
-
-
-def _shapes(
-    version: str, channels: int, features: int, depth: int, kernel_size: int
-) -> dict[str, tuple[int, ...]]:
-    """Every key of models.XDnCNN with its shape."""
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def norm(name: str, width: int) -> None:
-        shapes.update({f"{name}.{part}": (width,) for part in _STATISTICS})
-        shapes[f"{name}.num_batches_tracked"] = ()
-
-    def convolution(name: str, *shape: int) -> None:
-        shapes[f"{name}.weight"] = shape
-        shapes[f"{name}.bias"] = shape[:1]
-
-    old = version == "2018"
-    for i in range(depth):
-        width = channels if i == 0 else features
-        if i > 0 or not old:
-            norm(f"blocks.{i}.norm", width)
-        convolution(f"blocks.{i}.conv", features, width, 3, 3)
-        unit = f"blocks.{i}.xunit.features"
-        if old:
-            norm(f"{unit}.0", features)
-        convolution(f"{unit}.{2 if old else 0}", features, 1, kernel_size, kernel_size)
-        norm(f"{unit}.{3 if old else 1}", features)
-    k = 3 if old else 5
-    convolution("tail", channels, features, k, k)
-    return shapes
