@@ -310,6 +310,7 @@ def test_official_files_give_the_official_function(case: str, tmp_path: Path) ->
     again = models.from_pretrained(tmp_path / "a.safetensors")
     assert type(again) is type(model) and again.config() == model.config()
     assert all(torch.equal(value, model.state_dict()[k]) for k, value in again.state_dict().items())
+    # The keys alone tell the architecture.
     torch.save(model.state_dict(), tmp_path / "ours.pt")
     assert checkpoints.load(tmp_path / "ours.pt").config == checkpoint.config
 

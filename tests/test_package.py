@@ -34,7 +34,7 @@ def test_metadata():
     assert set(fields.get_all("License-File")) == {"LICENSE", "LICENSE-APACHE", "LICENSE-MIT"}
     assert fields["Author"] == "The xunit-rs developers"
     assert fields["Requires-Python"] == ">=3.10"
-    assert set(fields.get_all("Provides-Extra")) == {"torch", "train", "test", "dev"}
+    assert set(fields.get_all("Provides-Extra")) == {"torch", "train", "eval", "test", "dev"}
 
 
 def needs(*extras):

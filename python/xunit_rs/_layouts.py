@@ -120,9 +120,9 @@ def _xsrresnet(state: State) -> dict[str, Any]:
     return {
         "channels": state["head.conv.weight"].shape[1],
         "features": state["head.conv.weight"].shape[0],
-        "depth": _count(state, r"blocks\.([^.]+)\."),
+        "depth": _count(state, r"residual\.([^.]+)\."),
         "scale": 2 ** _count(state, r"upsample\.([^.]+)\."),
-        "kernel_size": state["blocks.0.xunit.features.2.weight"].shape[3],
+        "kernel_size": state["residual.0.xunit.features.2.weight"].shape[3],
     }
 
 
@@ -211,7 +211,7 @@ def _xsrresnet_2018(key: str) -> str | None:
         name = names.get(layer)
         if layer == "md" and name and name.startswith("conv."):
             name = f"conv1.{name.removeprefix('conv.')}"
-        return name and f"blocks.{int(match[2]) - 1}.{name}"
+        return name and f"residual.{int(match[2]) - 1}.{name}"
     layer, _, part = key.partition(".")
     ours = {
         "conv1": "head.conv",

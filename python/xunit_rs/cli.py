@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import inspect
 import io
-import json
-import math
 import os
 import sys
 import traceback
@@ -17,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO, final
 
-from . import images
-from .denoise import DEFAULT_MODEL, Denoiser, pretrained_names
+from . import _eval_cli, images
+from .denoise import Denoiser, pretrained_names
 
 __all__ = ["main"]
 
@@ -158,15 +155,9 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", default=argparse.SUPPRESS, help="go on from OUT"
     )
 
-    sub = command("eval", _evaluate, "measure a denoiser's PSNR on clean images")
-    sub.add_argument("--data", type=Path, required=True, help="folder of clean images")
-    _add_model(sub, DEFAULT_MODEL, DEFAULT_MODEL)
-    sub.add_argument("--sigma", type=float, default=25.0, help="0-255 scale (default: 25)")
-    sub.add_argument(
-        "--protocol", choices=("kair", "official2018"), default="kair", help="default: kair"
+    _eval_cli.add_arguments(
+        command("eval", _eval_cli.run, "measure denoisers' PSNR and SSIM on clean images")
     )
-    sub.add_argument("--threads", type=_natural, default=0, help="0 = all cores (default)")
-    sub.add_argument("--json", action="store_true", help="print the result as JSON")
 
     command("info", _info, "print versions, instruction set and threads")
     return parser
@@ -307,30 +298,6 @@ def _train(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
     print(training.train(args.data, args.out, **options))
     return 0
-
-
-def _evaluate(args: argparse.Namespace) -> int:
-    from . import evaluation
-
-    denoiser = Denoiser.from_pretrained(args.model, threads=args.threads)
-    with _Bar() as bar:
-        result = dataclasses.asdict(
-            evaluation.evaluate(denoiser, args.data, args.sigma, args.protocol, progress=bar.show)
-        )
-    if args.json:
-        print(json.dumps(_finite(result), indent=2, allow_nan=False))
-        return 0
-    del result["per_image"]
-    for key, value in result.items():
-        print(f"{key:<10}  {value:.3f}" if isinstance(value, float) else f"{key:<10}  {value}")
-    return 0
-
-
-def _finite(value: Any) -> Any:
-    """`value` with None for the numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -69,7 +69,9 @@ class XSRResNet(Network):
             return nn.Conv2d(width, out, k, padding=k // 2)
 
         self.head = nn.Sequential(OrderedDict(conv=conv(channels, features, 9), prelu=nn.PReLU()))
-        self.blocks = nn.Sequential(*(_Block(features, kernel_size, backend) for _ in range(depth)))
+        self.residual = nn.Sequential(
+            *(_Block(features, kernel_size, backend) for _ in range(depth))
+        )
         self.body = nn.Sequential(
             OrderedDict(conv=conv(features, features), norm=nn.BatchNorm2d(features))
         )
@@ -91,7 +93,7 @@ class XSRResNet(Network):
         """x, (N, channels, H, W), `scale` times as large; sigma is accepted and not looked at."""
         self._check(x)
         x = self.head(x)
-        out: Tensor = self.tail(self.upsample(self.body(self.blocks(x)) + x))
+        out: Tensor = self.tail(self.upsample(self.body(self.residual(x)) + x))
         return out
 
     def config(self) -> dict[str, Any]:
