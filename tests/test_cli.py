@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import inspect
 import io
 import json
@@ -322,20 +323,77 @@ def test_commands_that_need_torch_say_so(
     assert "pip install 'xunit-rs[torch]'" in one_line(capsys.readouterr().err)
 
 
+def evaluate(*args: Any) -> int:
+    return cli.main(["eval", *map(str, args)])
+
+
 def test_eval_prints_a_table_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path / "a.png")
     save(tmp_path / "b.png", value=100)
-    options = ["eval", "--data", str(tmp_path), "--model", "fake"]
-    assert cli.main([*options, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["images"] == len(result["per_image"]) == 2
-    assert cli.main([*options, "--json", "--sigma", "0"]) == 0
+    options = ["--data", tmp_path, "--model", "fake"]
+    assert evaluate(*options, "--json") == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert (result["model"], result["data"], result["sigma"]) == ("fake", tmp_path.name, 25)
+    assert result["images"] == len(result["per_image"]) == 2 and result["ssim"] is None
+    assert evaluate(*options, "--json", "--sigma", "0") == 0
     perfect = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
-    assert perfect["noisy_psnr"] is None
-    assert cli.main(options) == 0
-    assert f"psnr        {result['psnr']:.3f}\n" in capsys.readouterr().out
-    assert cli.main([*options, "--sigma", "-1"]) == 1
+    assert perfect[0]["noisy_psnr"] is None
+    assert evaluate(*options) == 0
+    assert f"  fake              {result['psnr']:.2f}\n" in capsys.readouterr().out
+    assert evaluate(*options, "--sigma", "-1") == 1
     assert "sigma" in one_line(capsys.readouterr().err)
+    assert evaluate(*options, "--sigma", "a,b") == 2
+
+
+def test_eval_of_models_on_folders_at_noise_levels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("skimage")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (12, 11), 90).save(tmp_path / name / "a.png")
+    options = ["--data", tmp_path / "one", tmp_path / "two", "--model", "fake", "tv"]
+    report = tmp_path / "report.csv"
+    assert evaluate(*options, "--sigma", "15,50", "--ssim", "--csv", report, "--json") == 0
+    results = json.loads(capsys.readouterr().out)
+    seen = [(r["data"], r["sigma"], r["model"]) for r in results]
+    assert seen == [(d, s, m) for d in ("one", "two") for s in (15, 50) for m in ("fake", "tv")]
+    for result in results:
+        better = result["psnr"] > result["noisy_psnr"] + 3
+        assert better == (result["model"] == "tv") and 0 < result["ssim"] < 1
+    with open(report, encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["image"] for line in lines] == ["a.png", "mean"] * 8
+    assert [float(line["psnr"]) for line in lines[1::2]] == [r["psnr"] for r in results]
+    assert [float(line["ssim"]) for line in lines[::2]] == [r["ssim"] for r in results]
+
+
+def test_eval_fails_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "a.png")
+    monkeypatch.setattr("xunit_rs.evaluation.evaluate", lambda *_, **__: pytest.fail("too late"))
+    assert evaluate("--data", tmp_path, "--csv", tmp_path / "none" / "a.csv") == 1
+    assert "no such folder" in one_line(capsys.readouterr().err)
+    assert evaluate("--data", tmp_path, "--model", "tv", tmp_path / "none.safetensors") == 1
+    assert "none.safetensors" in one_line(capsys.readouterr().err)
+    monkeypatch.setitem(sys.modules, "bm3d", None)
+    assert evaluate("--data", tmp_path, "--model", "bm3d") == 1
+    assert "bm3d needs pip install 'xunit-rs[eval]'" in one_line(capsys.readouterr().err)
+
+
+def test_eval_by_pytorch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    from xunit_rs.models import XDenseNet
+
+    save(tmp_path / "a.png")
+    with torch.random.fork_rng():
+        XDenseNet(1, 3, (1,), 2).save(tmp_path / "net.safetensors")
+    options = ["--data", tmp_path, "--model", tmp_path / "net.safetensors"]
+    assert evaluate(*options) == 1
+    assert "xdensenet" in one_line(capsys.readouterr().err)
+    assert evaluate(*options, "--runtime", "torch", "--protocol", "official2021") == 0
+    assert "protocol official2021" in capsys.readouterr().out
 
 
 def test_a_name_that_stdout_cannot_encode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,9 +143,9 @@ def ssim(image: npt.ArrayLike, reference: npt.ArrayLike, peak: float = 1.0) -> f
 class Baseline:
     """A classical denoiser that is told the noise: float32 HxW or HxWxC on the scale [0, 1].
 
-    name: "bm3d", of the package bm3d (Dabov et al., IEEE TIP 2007); of scikit-image, with the
-        parameters of its gallery: "nlm", non-local means, "tv", total variation (Chambolle) of
-        weight σ, and "wavelet", BayesShrink.
+    name: "bm3d", of the package bm3d (Dabov et al., IEEE TIP 2007); of scikit-image, "nlm",
+        non-local means with the parameters of its gallery (patches of 5×5, h = 0.6 σ), "tv", total
+        variation (Chambolle) of weight σ, and "wavelet", BayesShrink.
     sigma: standard deviation of the noise, on the 0-255 scale.
     channels: what images are converted to, 1 or 3; None leaves them as they are.
 
@@ -249,33 +249,33 @@ def evaluate(
     )
 
 
-def table(rows: Sequence[Row], published: Sequence[Published] = PUBLISHED) -> str:
-    """The results as text, one block for each folder and σ, with what was published for it.
+def table(rows: Sequence[Row]) -> str:
+    """The results as text, a block for each folder, σ and protocol, with published figures.
 
-    Published figures are those of the test set that has the folder's name, in any case, and its
-    number of images.
+    Those are of the test set that has the folder's name, in any case, and its number of images.
     """
-    lines = [("", "sigma", "PSNR", "SSIM", "")]
-    for data, sigma in dict.fromkeys((row.data, row.result.sigma) for row in rows):
-        here = [r for r in rows if (r.data, r.result.sigma) == (data, sigma)]
-        count, noise = here[0].result.images, f"{sigma:g}"
-        lines.append((f"{data}, {count} images", noise, "", "", ""))
-        for model, _, result in here:
-            similarity = "" if result.ssim is None else f"{result.ssim:.4f}"
-            lines.append(
-                (f"  {model}", noise, f"{result.psnr:.2f}", similarity, f"({result.protocol})")
-            )
-        noisy = f"{here[0].result.noisy_psnr:.2f}"
-        lines.append(("  the noisy images", noise, noisy, "", ""))
+    blocks: dict[tuple[str, int, float, str], list[Row]] = {}
+    for row in rows:
+        r = row.result
+        blocks.setdefault((row.data, r.images, r.sigma, r.protocol), []).append(row)
+    lines: list[tuple[str, ...]] = []
+    for (data, count, sigma, protocol), block in blocks.items():
+        lines.append((f"{data}, {count} images, sigma {sigma:g}, protocol {protocol}",))
+        lines.append(("", "PSNR", "SSIM", "published in"))
+        for model, _, r in block:
+            lines.append((model, f"{r.psnr:.2f}", "" if r.ssim is None else f"{r.ssim:.4f}", ""))
+        lines.append(("the noisy images", f"{block[0].result.noisy_psnr:.2f}", "", ""))
         lines += [
-            (f"  {p.method}", noise, f"{p.psnr[sigma]:.2f}", "", p.source)
-            for p in published
+            (p.method, f"{p.psnr[sigma]:.2f}", "", p.source)
+            for p in PUBLISHED
             if (p.data.lower(), p.images) == (data.lower(), count) and sigma in p.psnr
         ]
-    if not any(line[3] for line in lines[1:]):
-        lines = [(*line[:3], line[4]) for line in lines]  # type: ignore[misc]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    cells = [line for line in lines if len(line) > 1]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        line[0] if len(line) == 1 else "  " + "  ".join(map(str.ljust, line, widths)).rstrip()
+        for line in lines
+    )
 
 
 def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
