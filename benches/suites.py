@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xunit_rs import DepthwiseConv2d, models, xUnit, xUnitD, xUnitS
+from xunit_rs._core import Network
 
 Shape = tuple[int, int, int, int]
 Call = Callable[[], tuple[Tensor, ...]]
@@ -34,7 +35,7 @@ SHAPES: tuple[Shape, ...] = (
     (8, 96, 56, 56),
     (1, 64, 512, 512),
 )
-NETWORK_SHAPES: tuple[Shape, ...] = ((32, 64, 40, 40), (1, 64, 256, 256))
+NETWORK_SHAPES: tuple[Shape, ...] = ((32, 64, 40, 40), (1, 64, 321, 481))
 OVERHEAD_SHAPE: Shape = (1, 8, 4, 4)
 MEMORY_SHAPES: tuple[Shape, ...] = ((16, 64, 64, 64),)
 TINY: tuple[Shape, ...] = ((2, 8, 12, 12),)
@@ -307,30 +308,23 @@ def one_unit(
 
 
 def networks(shapes: tuple[Shape, ...], sizes: tuple[int, ...]) -> Iterator[Case]:
-    """xDnCNN of 2018, on images of one channel; C of a shape is the width of the network."""
+    """The denoisers, on images of one channel; C of a shape is the width of the networks."""
     for shape in shapes:
-        image = (shape[0], 1, *shape[2:])
-        yield Case("networks", "xDnCNN-2018 inference", image, partial(denoise, image, shape[1]))
+        image, features = (shape[0], 1, *shape[2:]), shape[1]
+        for version in ("2018", "2021"):
+            make = partial(denoise, image, partial(models.XDnCNN, version, 1, features))
+            yield Case("networks", f"xDnCNN-{version} inference", image, make)
+        yield Case("networks", "DnCNN inference", image, partial(denoise_relu, image, features))
         if shape[0] > 1:  # a batch
-            make = partial(train_denoiser, image, shape[1])
+            make = partial(train_denoiser, image, partial(models.XDnCNN, "2018", 1, features))
             yield Case("networks", "xDnCNN-2018 training step", image, make)
 
 
-def xdncnn(features: int) -> tuple[models.XDnCNN, models.XDnCNN]:
+def twins(network: Callable[..., models.XDnCNN]) -> tuple[models.XDnCNN, models.XDnCNN]:
     """Ours and the plain one, the same weights."""
-    fast = models.XDnCNN("2018", 1, features, backend="auto")
-    plain = models.XDnCNN("2018", 1, features, backend="torch")
+    fast, plain = network(backend="auto"), network(backend="torch")
     plain.load_state_dict(fast.state_dict())
     return fast, plain
-
-
-def dncnn(features: int) -> nn.Sequential:
-    """DnCNN-17 with ReLU (Zhang et al. 2017): 17 convolutions 3×3, BN on all but the outer two."""
-    layers: list[nn.Module] = [nn.Conv2d(1, features, 3, padding=1), nn.ReLU(inplace=True)]
-    for _ in range(15):
-        layers.append(nn.Conv2d(features, features, 3, padding=1, bias=False))
-        layers += [nn.BatchNorm2d(features), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, nn.Conv2d(features, 1, 3, padding=1))
 
 
 def network_size(plain: nn.Module, image: Shape, times: int) -> dict[str, float]:
@@ -344,33 +338,43 @@ def network_size(plain: nn.Module, image: Shape, times: int) -> dict[str, float]
     }
 
 
-def denoise(image: Shape, features: int, options: Options) -> Group:
+def denoise(image: Shape, network: Callable[..., models.XDnCNN], options: Options) -> Group:
     x = torch.rand(image)
-    fast, plain = (model.eval() for model in xdncnn(features))
+    fast, plain = (model.eval() for model in twins(network))
     call = inference(x)
-    ours = ours_of(fast, call)
-    runtime = rust_network(fast, x, options.threads)
-    if runtime is not None:
-        ours[" Network"] = runtime
-    peers = peers_of(plain, call, options.compile)
-    if find_spec("onnxruntime") and find_spec("onnxscript"):
-        peers["onnx"] = onnx_runtime(plain, x, options.threads)
-    if find_spec("openvino"):
-        peers["openvino"] = openvino(plain, x, options.threads)
-    beside = peers_of(dncnn(features).eval(), call, False)
+    beside = peers_of(models.DnCNN(1, fast.features).eval(), call, False)
     return Group(
-        ours=ours,
-        peers=peers,
+        ours=ours_of(fast, call) | {" Network": rust_network(fast, x, options.threads)},
+        peers=network_peers(plain, x, options),
         beside={f"DnCNN {name}": other for name, other in beside.items()},
         **network_size(plain, image, 1),
     )
 
 
-def train_denoiser(image: Shape, features: int, options: Options) -> Group:
+def denoise_relu(image: Shape, features: int, options: Options) -> Group:
+    x = torch.rand(image)
+    plain = models.DnCNN(1, features).eval()
+    return Group(
+        ours={" Network": rust_network(plain, x, options.threads)},
+        peers=network_peers(plain, x, options),
+        **network_size(plain, image, 1),
+    )
+
+
+def network_peers(plain: nn.Module, x: Tensor, options: Options) -> dict[str, Call]:
+    peers = peers_of(plain, inference(x), options.compile)
+    if find_spec("onnxruntime") and find_spec("onnxscript"):
+        peers["onnx"] = onnx_runtime(plain, x, options.threads)
+    if find_spec("openvino"):
+        peers["openvino"] = openvino(plain, x, options.threads)
+    return peers
+
+
+def train_denoiser(image: Shape, network: Callable[..., models.XDnCNN], options: Options) -> Group:
     clean = torch.rand(image)
     call = network_step(clean + 0.1 * torch.randn(image), clean)
-    fast, plain = xdncnn(features)
-    beside = peers_of(dncnn(features), call, False)
+    fast, plain = twins(network)
+    beside = peers_of(models.DnCNN(1, fast.features), call, False)
     return Group(
         ours=ours_of(fast, call),
         peers=peers_of(plain, call, options.compile),
@@ -379,12 +383,8 @@ def train_denoiser(image: Shape, features: int, options: Options) -> Group:
     )
 
 
-def rust_network(model: models.XDnCNN, x: Tensor, threads: int) -> Call | None:
-    """The runtime that needs no PyTorch, image by image; None where it is not to be had."""
-    try:
-        from xunit_rs._core import Network
-    except ImportError:
-        return None
+def rust_network(model: models.XDnCNN | models.DnCNN, x: Tensor, threads: int) -> Call:
+    """The runtime that needs no PyTorch, image by image."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "network.safetensors")
         model.save(path)

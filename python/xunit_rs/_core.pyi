@@ -1,5 +1,6 @@
 """The Rust extension: numpy arrays or torch tensors, contiguous, all float32 or all float64."""
 
+from collections.abc import Callable
 from typing import Any, TypeAlias, final
 
 import numpy as np
@@ -106,5 +107,9 @@ class Network:
     @property
     def metadata(self) -> dict[str, str]: ...
     def denoise(
-        self, image: NDArray[np.float32], tile: int, threads: int
+        self,
+        image: NDArray[np.float32],
+        tile: int,
+        threads: int,
+        progress: Callable[[float], object] | None = None,
     ) -> NDArray[np.float32]: ...

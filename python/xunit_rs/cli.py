@@ -134,7 +134,10 @@ def _parser() -> argparse.ArgumentParser:
         help="share of the noise to take away, 0 to 1 (default: %(default)g)",
     )
     sub.add_argument(
-        "--tile", type=_natural, help="side of the tiles, pixels; 0 = whole image (default: auto)"
+        "--tile",
+        type=_natural,
+        default=0,
+        help="width of the panels a large image is cut into, pixels; 0 = by memory (default)",
     )
     sub.add_argument("--threads", type=_natural, default=0, help="0 = all cores (default)")
     sub.add_argument("--overwrite", action="store_true", help="replace files that exist")

@@ -4,10 +4,12 @@
 //! are checked by assertion at the head of `run`, so that the loops may use pointers.
 
 pub mod activation;
+pub mod blocked;
 pub mod conv;
 pub mod general;
 pub mod peak;
 pub mod product;
+pub mod winograd;
 
 /// The most lanes that any vector has.
 pub const MAX_LANES: usize = 16;

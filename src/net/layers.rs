@@ -1,119 +1,124 @@
-//! The layers of a network in evaluation mode, on one image.
+//! The layers of a network in evaluation mode, every constant folded that can be.
 
-use super::NetError;
-use super::dense::Dense;
-use crate::kernels::activation::{Affine, Gate};
-use crate::memory;
-use crate::ops::{self, Variant, XUnit, XUnitOutput};
-use crate::parallel::Threads;
-use crate::shape::Batch;
+use crate::kernels::activation::Gate;
+use crate::kernels::blocked::{FirstWeights, GateWeights, Maps, padded};
+use crate::kernels::winograd;
 
 /// Batch norm's ε, as in `torch.nn.BatchNorm2d`.
 const EPS: f64 = 1e-5;
 
-/// The activations: every layer reads `x` and leaves its output there, by way of `y`.
-#[derive(Default)]
-pub(super) struct Buffers {
-    pub(super) x: Vec<f32>,
-    pub(super) y: Vec<f32>,
-}
-
-/// A batch norm with its running statistics.
+/// A batch norm with its running statistics, as the map that it is.
 #[derive(Debug)]
 pub(super) struct Norm {
-    pub(super) weight: Vec<f32>,
-    pub(super) bias: Vec<f32>,
-    pub(super) mean: Vec<f64>,
-    pub(super) var: Vec<f64>,
+    scale: Vec<f64>,
+    shift: Vec<f64>,
 }
 
 impl Norm {
-    fn view(&self) -> ops::Norm<'_, f32> {
-        ops::Norm {
-            weight: &self.weight,
-            bias: &self.bias,
-            stats: Some((&self.mean, &self.var)),
-            eps: EPS,
-            training: false,
+    pub(super) fn new(weight: &[f32], bias: &[f32], mean: &[f32], var: &[f32]) -> Self {
+        let scale: Vec<_> = weight
+            .iter()
+            .zip(var)
+            .map(|(&weight, &var)| f64::from(weight) / (f64::from(var) + EPS).sqrt())
+            .collect();
+        let terms = bias.iter().zip(mean).zip(&scale);
+        let shift =
+            terms.map(|((&bias, &mean), s)| f64::from(bias) - f64::from(mean) * s).collect();
+        Self { scale, shift }
+    }
+
+    /// The map that changes no value.
+    pub(super) fn identity(channels: usize) -> Self {
+        Self { scale: vec![1.0; channels], shift: vec![0.0; channels] }
+    }
+
+    /// In whole blocks; what lies beyond the last channel becomes zero.
+    pub(super) fn maps(&self, lanes: usize) -> Maps {
+        let list =
+            |values: &[f64]| padded(&values.iter().map(|&v| v as f32).collect::<Vec<_>>(), lanes);
+        Maps { scale: list(&self.scale), shift: list(&self.shift) }
+    }
+
+    /// The scale and shift of a channel.
+    pub(super) fn of(&self, channel: usize) -> (f32, f32) {
+        (self.scale[channel] as f32, self.shift[channel] as f32)
+    }
+}
+
+/// The convolution of a layer: 3 × 3, zero padding 1.
+#[derive(Debug)]
+pub(super) enum Conv {
+    /// From the image.
+    First(FirstWeights),
+    /// From the layer before.
+    Dense(winograd::Weights),
+}
+
+impl Conv {
+    /// Channels of its output, whole blocks.
+    pub(super) fn outputs(&self) -> usize {
+        match self {
+            Conv::First(weights) => weights.outputs(),
+            Conv::Dense(weights) => weights.outputs(),
         }
     }
-
-    /// The affine map of channel `c`.
-    pub(super) fn affine(&self, c: usize) -> Affine<f32> {
-        let scale = f64::from(self.weight[c]) / (self.var[c] + EPS).sqrt();
-        Affine { centre: self.mean[c] as f32, scale: scale as f32, shift: self.bias[c] }
-    }
 }
 
-/// The output of `conv` on norm(x), from `buffers.x` to `buffers.y`.
-pub(super) fn convolve(
-    conv: &Dense,
-    norm: Option<&Norm>,
-    buffers: &mut Buffers,
-    h: usize,
-    w: usize,
-    threads: Threads,
-) -> Result<(), NetError> {
-    let output = Batch::new(&[1, conv.outputs(), h, w])?;
-    let affine = norm.map(|norm| (0..conv.inputs()).map(|c| norm.affine(c)).collect::<Vec<_>>());
-    memory::resize(&mut buffers.y, output.size(), 0.0);
-    conv.forward(affine.as_deref(), &buffers.x, &mut buffers.y, w, threads);
-    Ok(())
-}
-
-/// An xUnit (with `norm1`) or xUnitS (without).
+/// An xUnit or xUnitS.
 #[derive(Debug)]
 pub(super) struct Unit {
+    pub(super) weights: GateWeights,
+    /// Of an xUnit: the batch norm ahead of its ReLU.
+    pub(super) rectifier: Option<Maps>,
+}
+
+/// What a unit is made of.
+pub(super) struct UnitParts {
     pub(super) gate: Gate,
-    pub(super) kernel: usize,
+    pub(super) k: usize,
+    /// Ahead of the ReLU, in an xUnit.
     pub(super) norm1: Option<Norm>,
+    /// (channels, k, k) and (channels).
     pub(super) weight: Vec<f32>,
     pub(super) bias: Vec<f32>,
     pub(super) norm2: Norm,
 }
 
-impl Unit {
-    fn view(&self) -> XUnit<'_, f32> {
-        XUnit {
-            variant: if self.norm1.is_some() { Variant::Full } else { Variant::Slim },
-            gate: self.gate,
-            kernel: self.kernel,
-            pointwise: None,
-            weight: &self.weight,
-            bias: Some(&self.bias),
-            norm1: self.norm1.as_ref().map(Norm::view),
-            norm2: Some(self.norm2.view()),
+impl UnitParts {
+    /// Folds `norm2` into the taps, which it follows: padding is met before it. `after` is the batch
+    /// norm of the next block, which padding follows, so that it is not folded further.
+    pub(super) fn fold(&self, after: &Norm, lanes: usize) -> Unit {
+        let square = self.k * self.k;
+        let channels = self.bias.len();
+        let mut taps = vec![0.0; channels.next_multiple_of(lanes) * square];
+        for (at, &tap) in self.weight.iter().enumerate() {
+            let (c, tap_at) = (at / square, at % square);
+            taps[(c / lanes * square + tap_at) * lanes + c % lanes] =
+                (f64::from(tap) * self.norm2.scale[c]) as f32;
         }
+        let bias = (0..channels)
+            .map(|c| (f64::from(self.bias[c]) * self.norm2.scale[c] + self.norm2.shift[c]) as f32);
+        let weights = GateWeights {
+            gate: self.gate,
+            k: self.k,
+            taps,
+            bias: padded(&bias.collect::<Vec<_>>(), lanes),
+            after: after.maps(lanes),
+        };
+        Unit { weights, rectifier: self.norm1.as_ref().map(|norm| norm.maps(lanes)) }
     }
 }
 
-/// \[BN\] → convolution → xUnit.
+/// Convolution and activation: a unit, or a ReLU.
 #[derive(Debug)]
-pub(super) struct Block {
-    pub(super) norm: Option<Norm>,
-    pub(super) conv: Dense,
-    pub(super) unit: Unit,
+pub(super) struct Layer {
+    pub(super) conv: Conv,
+    pub(super) unit: Option<Unit>,
 }
 
-impl Block {
-    pub(super) fn halo(&self) -> usize {
-        self.conv.halo() + self.unit.kernel / 2
-    }
-
-    /// Replaces x by the block's output.
-    pub(super) fn forward(
-        &self,
-        buffers: &mut Buffers,
-        h: usize,
-        w: usize,
-        threads: Threads,
-    ) -> Result<(), NetError> {
-        convolve(&self.conv, self.norm.as_ref(), buffers, h, w, threads)?;
-        let batch = Batch::new(&[1, self.conv.outputs(), h, w])?;
-        memory::resize(&mut buffers.x, batch.size(), 0.0);
-        let out = &mut buffers.x[..];
-        let output = XUnitOutput { out, d: None, p: None, stats1: None, stats2: None };
-        ops::xunit_forward(&self.unit.view(), batch, &buffers.y, output, threads)?;
-        Ok(())
+impl Layer {
+    /// Rows and columns around an output of the activation that it depends on.
+    pub(super) fn unit_halo(&self) -> usize {
+        self.unit.as_ref().map_or(0, |unit| unit.weights.k / 2)
     }
 }

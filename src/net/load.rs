@@ -5,10 +5,12 @@ use std::collections::BTreeMap;
 
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
-use super::dense::Dense;
-use super::layers::{Block, Norm, Unit};
+use super::layers::{Conv, Layer, Norm, UnitParts};
 use super::{Architecture, NetError, Network};
 use crate::kernels::activation::Gate;
+use crate::kernels::blocked::{FirstWeights, LastWeights};
+use crate::kernels::winograd;
+use crate::simd;
 
 /// Builds a [`NetError::File`] as `format!` would.
 macro_rules! file_error {
@@ -22,58 +24,30 @@ const MAX_KERNEL: usize = 255;
 pub(super) fn network(bytes: &[u8]) -> Result<Network, NetError> {
     let mut file = File::new(bytes)?;
     let architecture = file.architecture()?;
-    let [features, channels, ..] = file.extents("blocks.0.conv.weight")?;
-    let depth = (0..).take_while(|i| file.has(&format!("blocks.{i}.conv.weight"))).count();
-    let (spatial, last) = match architecture {
-        Architecture::XDnCnn2018 => (2, 3),
-        Architecture::XDnCnn2021 => (0, 1),
+    let first = match architecture {
+        Architecture::DnCnn => "head",
+        _ => "blocks.0.conv",
     };
-    let spatial_key = format!("blocks.0.xunit.features.{spatial}.weight");
-    let kernel = file.extents(&spatial_key)?[2];
-    if kernel % 2 == 0 || kernel > MAX_KERNEL {
-        return Err(file_error!(
-            "{spatial_key}: kernel size must be odd and at most {MAX_KERNEL}, got {kernel}"
-        ));
-    }
-    let gate = file.gate(architecture)?;
+    let [features, channels, ..] = file.extents(&format!("{first}.weight"))?;
+    let depth = (0..).take_while(|i| file.has(&format!("blocks.{i}.conv.weight"))).count();
     file.agrees("channels", channels)?;
     file.agrees("features", features)?;
     file.agrees("depth", depth)?;
-    file.agrees("kernel_size", kernel)?;
-
-    let mut blocks = Vec::new();
-    for i in 0..depth {
-        let inputs = if i == 0 { channels } else { features };
-        let unit = format!("blocks.{i}.xunit.features");
-        blocks.push(Block {
-            norm: match architecture {
-                Architecture::XDnCnn2018 if i == 0 => None,
-                _ => Some(file.norm(&format!("blocks.{i}.norm"), inputs)?),
-            },
-            conv: file.conv(&format!("blocks.{i}.conv"), features, inputs, 3)?,
-            unit: Unit {
-                gate,
-                kernel,
-                norm1: match architecture {
-                    Architecture::XDnCnn2018 => Some(file.norm(&format!("{unit}.0"), features)?),
-                    Architecture::XDnCnn2021 => None,
-                },
-                weight: file
-                    .take(&format!("{unit}.{spatial}.weight"), &[features, 1, kernel, kernel])?,
-                bias: file.take(&format!("{unit}.{spatial}.bias"), &[features])?,
-                norm2: file.norm(&format!("{unit}.{last}"), features)?,
-            },
-        });
-    }
+    let sizes = [features, channels, depth];
+    let (before, layers) = match architecture {
+        Architecture::DnCnn => (Norm::identity(channels), file.dncnn(sizes)?),
+        _ => file.xdncnn(architecture, sizes)?,
+    };
     let k = match architecture {
-        Architecture::XDnCnn2018 => 3,
+        Architecture::XDnCnn2018 | Architecture::DnCnn => 3,
         Architecture::XDnCnn2021 => 5,
     };
-    let tail = file.conv("tail", channels, features, k)?;
+    let (weight, bias) = file.conv("tail", channels, features, k)?;
+    let tail = LastWeights::new(features, k, &weight, &bias, simd::selected_lanes::<f32>());
     if let Some(key) = file.tensors.keys().next() {
         return Err(file_error!("unexpected tensor {key:?} for a {}", architecture.name()));
     }
-    Ok(Network { architecture, channels, metadata: file.metadata, blocks, tail })
+    Ok(Network { architecture, channels, metadata: file.metadata, before, layers, tail })
 }
 
 /// A parsed file; tensors leave it as they are used.
@@ -104,9 +78,10 @@ impl<'a> File<'a> {
             return Err(file_error!("metadata: format must be \"xunit-rs\", got {other:?}"));
         }
         let (early, late) = ("blocks.0.xunit.features.3.weight", "blocks.0.norm.weight");
-        let shown = match (self.has(early), self.has(late)) {
-            (true, false) => Some((Architecture::XDnCnn2018, early)),
-            (false, true) => Some((Architecture::XDnCnn2021, late)),
+        let shown = match (self.has(early), self.has(late), self.has("head.weight")) {
+            (true, false, false) => Some((Architecture::XDnCnn2018, early)),
+            (false, true, false) => Some((Architecture::XDnCnn2021, late)),
+            (false, false, true) => Some((Architecture::DnCnn, "head.weight")),
             _ => None,
         };
         let Some(said) = self.metadata.get("architecture") else {
@@ -133,10 +108,8 @@ impl<'a> File<'a> {
             Some("gaussian") => Ok(Gate::Gaussian),
             Some("sigmoid") => Ok(Gate::Sigmoid),
             Some(other) => Err(file_error!("metadata: unknown gate {other:?}")),
-            None => Ok(match architecture {
-                Architecture::XDnCnn2018 => Gate::Gaussian,
-                Architecture::XDnCnn2021 => Gate::Sigmoid,
-            }),
+            None if architecture == Architecture::XDnCnn2018 => Ok(Gate::Gaussian),
+            None => Ok(Gate::Sigmoid),
         }
     }
 
@@ -187,25 +160,100 @@ impl<'a> File<'a> {
     fn norm(&mut self, key: &str, channels: usize) -> Result<Norm, NetError> {
         self.tensors.remove(&format!("{key}.num_batches_tracked"));
         let mut take = |name: &str| self.take(&format!("{key}.{name}"), &[channels]);
-        Ok(Norm {
-            weight: take("weight")?,
-            bias: take("bias")?,
-            mean: take("running_mean")?.into_iter().map(f64::from).collect(),
-            var: take("running_var")?.into_iter().map(f64::from).collect(),
-        })
+        let (weight, bias) = (take("weight")?, take("bias")?);
+        Ok(Norm::new(&weight, &bias, &take("running_mean")?, &take("running_var")?))
     }
 
+    /// Weight and bias.
     fn conv(
         &mut self,
         key: &str,
         outputs: usize,
         inputs: usize,
         k: usize,
-    ) -> Result<Dense, NetError> {
+    ) -> Result<(Vec<f32>, Vec<f32>), NetError> {
         let weight = self.take(&format!("{key}.weight"), &[outputs, inputs, k, k])?;
-        let bias = self.take(&format!("{key}.bias"), &[outputs])?;
-        Ok(Dense::new(outputs, inputs, k, &weight, &bias))
+        Ok((weight, self.take(&format!("{key}.bias"), &[outputs])?))
     }
+
+    /// The 3 × 3 convolution of a layer.
+    fn layer(&mut self, key: &str, outputs: usize, from: From) -> Result<Conv, NetError> {
+        let lanes = simd::selected_lanes::<f32>();
+        Ok(match from {
+            From::Image(channels) => {
+                let (weight, bias) = self.conv(key, outputs, channels, 3)?;
+                Conv::First(FirstWeights::new(channels, 3, &weight, &bias, lanes))
+            }
+            From::Features => {
+                let (weight, bias) = self.conv(key, outputs, outputs, 3)?;
+                Conv::Dense(winograd::Weights::new(outputs, &weight, &bias, lanes))
+            }
+        })
+    }
+
+    /// The batch norm ahead of the first convolution, and the blocks.
+    fn xdncnn(
+        &mut self,
+        architecture: Architecture,
+        [features, channels, depth]: [usize; 3],
+    ) -> Result<(Norm, Vec<Layer>), NetError> {
+        let old = architecture == Architecture::XDnCnn2018;
+        let (spatial, last) = if old { (2, 3) } else { (0, 1) };
+        let key = format!("blocks.0.xunit.features.{spatial}.weight");
+        let k = self.extents(&key)?[2];
+        if k % 2 == 0 || k > MAX_KERNEL {
+            return Err(file_error!(
+                "{key}: kernel size must be odd and at most {MAX_KERNEL}, got {k}"
+            ));
+        }
+        self.agrees("kernel_size", k)?;
+        let gate = self.gate(architecture)?;
+        let mut norms = Vec::new();
+        let mut parts = Vec::new();
+        for i in 0..depth {
+            let from = if i == 0 { From::Image(channels) } else { From::Features };
+            let inputs = if i == 0 { channels } else { features };
+            norms.push(if old && i == 0 {
+                Norm::identity(channels)
+            } else {
+                self.norm(&format!("blocks.{i}.norm"), inputs)?
+            });
+            let conv = self.layer(&format!("blocks.{i}.conv"), features, from)?;
+            let unit = format!("blocks.{i}.xunit.features");
+            let norm1 = if old { Some(self.norm(&format!("{unit}.0"), features)?) } else { None };
+            let weight = self.take(&format!("{unit}.{spatial}.weight"), &[features, 1, k, k])?;
+            let bias = self.take(&format!("{unit}.{spatial}.bias"), &[features])?;
+            let norm2 = self.norm(&format!("{unit}.{last}"), features)?;
+            parts.push((conv, UnitParts { gate, k, norm1, weight, bias, norm2 }));
+        }
+        norms.push(Norm::identity(features));
+        let mut norms = norms.into_iter();
+        let before = norms.next().expect("one norm and one for each block");
+        let lanes = simd::selected_lanes::<f32>();
+        let layers = parts.into_iter().zip(norms);
+        let layers = layers
+            .map(|((conv, unit), after)| Layer { conv, unit: Some(unit.fold(&after, lanes)) });
+        Ok((before, layers.collect()))
+    }
+
+    /// The head and the blocks.
+    fn dncnn(&mut self, [features, channels, depth]: [usize; 3]) -> Result<Vec<Layer>, NetError> {
+        let mut layers =
+            vec![Layer { conv: self.layer("head", features, From::Image(channels))?, unit: None }];
+        for i in 0..depth {
+            let conv = self.layer(&format!("blocks.{i}.conv"), features, From::Features)?;
+            layers.push(Layer { conv, unit: None });
+        }
+        Ok(layers)
+    }
+}
+
+/// What a layer's convolution reads.
+enum From {
+    /// So many channels.
+    Image(usize),
+    /// As many channels as it has outputs.
+    Features,
 }
 
 /// Refuses a header with a number of more than 15 digits: no file is that large, and the sums of

@@ -1,24 +1,31 @@
-//! Torch-free networks: a safetensors file in, a clean image out, tile by tile.
+//! Torch-free networks: a safetensors file in, a clean image out, band by band.
 //!
-//! The two networks are the xDnCNNs of the xUnit paper (arXiv 1711.06445): a chain of blocks
+//! The networks are the xDnCNNs of the xUnit paper (arXiv 1711.06445), a chain of blocks
 //! \[BN\] → convolution 3×3 → xUnit, then one convolution whose output is added to the noisy image
-//! (2021) or taken from it (2018).
+//! (2021) or taken from it (2018); and DnCNN (arXiv 1608.03981), whose blocks are convolution 3×3 →
+//! ReLU and whose last output is taken from the image.
+//!
+//! Convolutions but the first and the last are computed by minimal filtering
+//! ([`crate::kernels::winograd`]), of which every output of a tile depends on every input: a NaN in the
+//! image spreads a little further than the network's halo.
 
-mod dense;
 mod layers;
 mod load;
-mod tile;
+mod rings;
+mod stream;
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use crate::kernels::blocked::LastWeights;
+use crate::kernels::winograd::TILE;
 use crate::memory;
 use crate::parallel::Threads;
 use crate::shape::{Batch, ShapeError};
-use dense::Dense;
-use layers::{Block, Buffers};
+use layers::{Conv, Layer, Norm};
+use stream::{Job, Panel};
 
 /// Why a network cannot be loaded or an image not denoised.
 #[derive(Debug)]
@@ -64,15 +71,18 @@ enum Architecture {
     XDnCnn2018,
     /// Official code of 2021: xUnitS units, predicts what to add.
     XDnCnn2021,
+    /// Batch norm merged, as trained by KAIR: predicts the noise.
+    DnCnn,
 }
 
 impl Architecture {
-    const ALL: [Self; 2] = [Self::XDnCnn2018, Self::XDnCnn2021];
+    const ALL: [Self; 3] = [Self::XDnCnn2018, Self::XDnCnn2021, Self::DnCnn];
 
     fn name(self) -> &'static str {
         match self {
             Self::XDnCnn2018 => "xdncnn-2018",
             Self::XDnCnn2021 => "xdncnn-2021",
+            Self::DnCnn => "dncnn",
         }
     }
 }
@@ -83,9 +93,15 @@ pub struct Network {
     architecture: Architecture,
     channels: usize,
     metadata: BTreeMap<String, String>,
-    blocks: Vec<Block>,
-    tail: Dense,
+    /// Ahead of the first convolution: the identity but for 2021.
+    before: Norm,
+    layers: Vec<Layer>,
+    tail: LastWeights,
 }
+
+/// The memory that rows of activations may take, unless the caller says otherwise: an image that is
+/// wider than this allows is computed in panels. xDnCNN takes 200 KB for each column.
+const MEMORY: usize = 320 << 20;
 
 /// The largest file that is read: a thousand times the published networks.
 const MAX_FILE_BYTES: u64 = 1 << 30;
@@ -115,7 +131,7 @@ impl Network {
         load::network(bytes)
     }
 
-    /// "xdncnn-2018" or "xdncnn-2021".
+    /// "xdncnn-2018", "xdncnn-2021" or "dncnn".
     pub fn architecture(&self) -> &str {
         self.architecture.name()
     }
@@ -127,7 +143,44 @@ impl Network {
 
     /// Pixels around a pixel that its result depends on: Σ k // 2 over all convolutions.
     pub fn halo(&self) -> usize {
-        self.blocks.iter().map(Block::halo).sum::<usize>() + self.tail.halo()
+        self.layers.iter().map(|layer| 1 + layer.unit_halo()).sum::<usize>() + self.tail.k() / 2
+    }
+
+    /// Pixels around a whole tile that its result depends on in every bit: the outputs of a tile of a
+    /// Winograd convolution are sums of all its inputs, of which some cancel but for their rounding.
+    fn reach(&self) -> usize {
+        let mut reach = self.tail.k() / 2;
+        for layer in self.layers.iter().rev() {
+            reach += layer.unit_halo();
+            reach = match layer.conv {
+                Conv::First(_) => reach,
+                Conv::Dense(_) => reach.next_multiple_of(TILE),
+            } + 1;
+        }
+        reach.next_multiple_of(TILE)
+    }
+
+    /// What the last output is multiplied by before it is added to the image.
+    fn sign(&self) -> f32 {
+        match self.architecture {
+            Architecture::XDnCnn2018 | Architecture::DnCnn => -1.0,
+            Architecture::XDnCnn2021 => 1.0,
+        }
+    }
+
+    /// The panels of an image so wide. They start at whole tiles, so that the tiles are the same.
+    fn panels(&self, width: usize, tile: usize) -> impl Iterator<Item = Panel> + use<> {
+        let reach = self.reach();
+        let most = match tile {
+            0 => (MEMORY / stream::bytes_per_column(self)).saturating_sub(2 * reach).max(reach),
+            tile => tile,
+        };
+        let side = width.div_ceil(width.div_ceil(most)).next_multiple_of(TILE);
+        (0..width).step_by(side).map(move |start| {
+            let end = (start + side).min(width);
+            let region = start.saturating_sub(reach)..end.saturating_add(reach).min(width);
+            Panel { core: start..end, region }
+        })
     }
 
     /// The file's metadata.
@@ -137,9 +190,9 @@ impl Network {
 
     /// The clean image of a noisy one, (C, H, W) contiguous, on `threads`.
     ///
-    /// With `tile` > 0 the image is computed in tiles of that side, each cut with its halo, which
-    /// bounds the memory and changes no bit of the result; 0 takes the whole image at once. Errors
-    /// if `c` is not [`Network::channels`] or a size does not fit.
+    /// Rows stream through the network, in panels of `tile` columns or a few more (0: as many as fit
+    /// 320 MB), each computed with what it depends on to its sides, which changes no bit of the result.
+    /// Errors if `c` is not [`Network::channels`] or a size does not fit.
     pub fn denoise(
         &self,
         image: &[f32],
@@ -150,12 +203,12 @@ impl Network {
         threads: Threads,
     ) -> Result<Vec<f32>, NetError> {
         let mut clean = memory::filled(image.len(), 0.0);
-        self.denoise_into(image, [c, h, w], tile, threads, &mut clean, || true)?;
+        self.denoise_into(image, [c, h, w], tile, threads, &mut clean, |_| true)?;
         Ok(clean)
     }
 
-    /// [`Network::denoise`] to `clean`, which asks before each tile whether to go on. Errors, too, if
-    /// not, or if `clean` is not as long as `image`.
+    /// [`Network::denoise`] to `clean`, which tells now and then the share of the work that is done
+    /// and asks whether to go on. Errors, too, if not, or if `clean` is not as long as `image`.
     pub fn denoise_into(
         &self,
         image: &[f32],
@@ -163,7 +216,7 @@ impl Network {
         tile: usize,
         threads: Threads,
         clean: &mut [f32],
-        mut goes_on: impl FnMut() -> bool,
+        mut goes_on: impl FnMut(f64) -> bool,
     ) -> Result<(), NetError> {
         if c != self.channels {
             return Err(NetError::Image(format!(
@@ -180,25 +233,12 @@ impl Network {
                 image.len()
             )));
         }
-        clean.copy_from_slice(image);
-        let mut buffers = Buffers::default();
-        for tile in tile::tiles(h, w, tile, self.halo()) {
-            if !goes_on() {
-                return Err(NetError::Stopped);
-            }
-            tile.cut(image, batch, &mut buffers.x);
-            for block in &self.blocks {
-                block.forward(&mut buffers, tile.height(), tile.width(), threads)?;
-            }
-            layers::convolve(&self.tail, None, &mut buffers, tile.height(), tile.width(), threads)?;
-            match self.architecture {
-                Architecture::XDnCnn2018 => {
-                    tile.paste(&buffers.y, batch, clean, |x, noise| x - noise);
-                }
-                Architecture::XDnCnn2021 => {
-                    tile.paste(&buffers.y, batch, clean, |x, correction| x + correction);
-                }
-            }
+        let mut job = Job { image, shape: [c, h, w], clean, threads };
+        for panel in self.panels(w, tile) {
+            let (start, columns) = (panel.core.start, panel.core.len());
+            job.panel(self, &panel, |rows| {
+                goes_on((start as f64 + columns as f64 * rows as f64 / h as f64) / w as f64)
+            })?;
         }
         Ok(())
     }

@@ -9,7 +9,7 @@ mod channels_last;
 mod depthwise;
 mod phases;
 mod pointwise;
-mod scratch;
+pub(crate) mod scratch;
 mod xunit;
 
 use std::marker::PhantomData;

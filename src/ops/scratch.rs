@@ -7,14 +7,9 @@ use std::ops::{Deref, DerefMut, Range};
 
 use crate::kernels::activation::{Affine, Fill};
 use crate::kernels::{MAX_LANES, conv};
-use crate::memory;
+use crate::memory::{self, Line};
 use crate::shape::Geometry;
 use crate::simd::{self, Scalar};
-
-/// A cache line, for alignment.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
 
 /// The most that a thread keeps for its next task: 16 MiB.
 const KEPT_LINES: usize = 1 << 18;
@@ -24,14 +19,14 @@ thread_local! {
 }
 
 /// A slice of numbers, aligned to a cache line, of arbitrary content.
-pub(super) struct Scratch<T> {
+pub(crate) struct Scratch<T> {
     lines: Vec<Line>,
     len: usize,
     kind: PhantomData<T>,
 }
 
 impl<T: Scalar> Scratch<T> {
-    pub(super) fn new(len: usize) -> Self {
+    pub(crate) fn new(len: usize) -> Self {
         let mut lines = SPARE.with_borrow_mut(Vec::pop).unwrap_or_default();
         let count = (len * size_of::<T>()).div_ceil(size_of::<Line>());
         if lines.len() < count {

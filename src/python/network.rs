@@ -58,14 +58,15 @@ impl Network {
         self.network.metadata().clone()
     }
 
-    /// The clean image (C, H, W) of a noisy one, float32, in tiles of `tile` pixels a side (0: the
-    /// whole image). Ctrl-C is heard between tiles.
-    #[pyo3(signature = (image, tile, threads))]
+    /// The clean image (C, H, W) of a noisy one, float32, in panels of `tile` columns (0: as many as
+    /// fit 320 MB). Now and then `progress` is told the share that is done, and Ctrl-C is heard.
+    #[pyo3(signature = (image, tile, threads, progress=None))]
     fn denoise<'py>(
         &self,
         image: &Bound<'py, PyAny>,
         tile: usize,
         threads: usize,
+        progress: Option<Py<PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let py = image.py();
         let image = View::<f32>::input("image", image)?;
@@ -77,8 +78,13 @@ impl Network {
         };
         let (data, threads) = (image.slice(), Threads::Own(threads));
         let mut interrupted = None;
-        let goes_on =
-            || Python::attach(|py| py.check_signals()).map_err(|e| interrupted = Some(e)).is_ok();
+        let tell = |share: f64| {
+            Python::attach(|py| {
+                py.check_signals()?;
+                progress.as_ref().map_or(Ok(()), |progress| progress.call1(py, (share,)).map(drop))
+            })
+        };
+        let goes_on = |share| tell(share).map_err(|error| interrupted = Some(error)).is_ok();
         let clean = detached(py, || {
             let mut clean = memory::filled(data.len(), 0.0);
             let done =

@@ -1,0 +1,175 @@
+//! The kernels on blocked images against naive float64 sums, on every instruction set there is.
+
+use xunit_rs::kernels::activation::Gate;
+use xunit_rs::kernels::blocked::{GateWeights, Gated, Maps, Row, RowMut, Sink, padded};
+use xunit_rs::kernels::winograd::{Convolve, TILE, Weights};
+use xunit_rs::simd::{self, Isa, Kernel, Scalar, Simd};
+
+/// Numbers in [-1, 1) without a pattern.
+fn noise(seed: u64, len: usize) -> Vec<f32> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963);
+        (state >> 33) as f32 / (1u64 << 30) as f32 - 1.0
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+fn lanes(isa: Isa) -> usize {
+    struct Lanes;
+    impl Kernel<f32> for Lanes {
+        type Output = usize;
+        #[inline(always)]
+        fn run<S: Simd<f32>>(self, simd: S) -> usize {
+            simd.lanes()
+        }
+    }
+    f32::dispatch(isa, Lanes)
+}
+
+/// A blocked image: rows of (blocks, width, lanes), NaN where nothing is.
+struct Image {
+    rows: Vec<Vec<f32>>,
+    width: usize,
+    lanes: usize,
+}
+
+impl Image {
+    fn empty(channels: usize, [height, width]: [usize; 2], lanes: usize) -> Self {
+        let row = vec![f32::NAN; channels.div_ceil(lanes) * width * lanes];
+        Self { rows: vec![row; height], width, lanes }
+    }
+
+    fn at(&mut self, c: usize, y: usize, x: usize) -> &mut f32 {
+        &mut self.rows[y][(c / self.lanes * self.width + x) * self.lanes + c % self.lanes]
+    }
+
+    fn noise(channels: usize, [height, width]: [usize; 2], lanes: usize) -> Self {
+        let mut image = Self::empty(channels, [height, width], lanes);
+        image.rows.iter_mut().for_each(|row| row.fill(0.0));
+        let values = noise(7, channels * height * width);
+        for (i, value) in values.into_iter().enumerate() {
+            *image.at(i / (height * width), i / width % height, i % width) = value;
+        }
+        image
+    }
+
+    fn read(&self) -> Vec<Row<'_>> {
+        self.rows.iter().map(|row| Row::new(row, self.width * self.lanes)).collect()
+    }
+
+    fn write(&mut self) -> Vec<RowMut<'_>> {
+        let stride = self.width * self.lanes;
+        self.rows.iter_mut().map(|row| RowMut::new(row, stride)).collect()
+    }
+}
+
+#[test]
+fn winograd_agrees_with_the_plain_sum() {
+    for isa in simd::available() {
+        let lanes = lanes(isa);
+        for (inputs, outputs) in [(1, 1), (3, 20), (16, 16), (24, 8), (33, 40)] {
+            // Single pixels, tails of tiles, and every remainder of a register tile.
+            for pixels in [1usize, 3, 4, 5, 9, 20, 24, 28, 33, 48, 51] {
+                for rows in 1..=TILE {
+                    let wide = pixels.next_multiple_of(TILE) + 2;
+                    let mut x = Image::noise(inputs, [6, wide], lanes);
+                    let weight = noise(1, outputs * inputs * 9);
+                    let bias = noise(2, outputs);
+                    let maps = Maps {
+                        scale: padded(&noise(3, outputs), lanes),
+                        shift: padded(&noise(4, outputs), lanes),
+                    };
+                    let weights = Weights::new(inputs, &weight, &bias, lanes);
+                    let (mut y, mut u) = (
+                        Image::empty(outputs, [rows, pixels], lanes),
+                        Image::empty(outputs, [rows, pixels], lanes),
+                    );
+                    let mut scratch = vec![f32::NAN; weights.scratch(pixels.div_ceil(TILE))];
+                    f32::dispatch(
+                        isa,
+                        Convolve {
+                            weights: &weights,
+                            rows: x.read().try_into().unwrap(),
+                            pixels,
+                            scratch: &mut scratch,
+                            sink: Sink {
+                                rows: &y.write(),
+                                relu: false,
+                                rectified: Some((&u.write(), &maps)),
+                            },
+                        },
+                    );
+                    let size = (inputs * 9) as f64;
+                    for (o, row, column) in places(outputs, rows, pixels) {
+                        let mut sum = f64::from(bias[o]);
+                        for i in 0..inputs * 9 {
+                            let (c, ky, kx) = (i / 9, i / 3 % 3, i % 3);
+                            let x = f64::from(*x.at(c, row + ky, column + kx));
+                            sum += f64::from(weight[o * inputs * 9 + i]) * x;
+                        }
+                        let what = format!("{isa}, {inputs} to {outputs}, {rows}×{pixels}");
+                        let got = f64::from(*y.at(o, row, column));
+                        assert!((got - sum).abs() < 2e-6 * size.sqrt(), "{what}: {got} for {sum}");
+                        let (a, b) = (maps.scale[o], maps.shift[o]);
+                        let mapped = (f64::from(a) * got + f64::from(b)).max(0.0);
+                        let got = f64::from(*u.at(o, row, column));
+                        assert!((got - mapped).abs() < 1e-5, "{what}: {got} for {mapped}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_gate_agrees_with_the_plain_sum() {
+    for isa in simd::available() {
+        let lanes = lanes(isa);
+        for (k, gate) in [(1, Gate::Gaussian), (3, Gate::Sigmoid), (5, Gate::Gaussian)] {
+            for (channels, rows, pixels) in [(1, 1, 1), (5, 3, 7), (20, 8, 13), (16, 5, 6)] {
+                let wide = [rows + k - 1, pixels + k - 1];
+                let mut u = Image::noise(channels, wide, lanes);
+                let mut x = Image::noise(channels, [rows, pixels], lanes);
+                let mut out = Image::empty(channels, [rows, pixels], lanes);
+                let blocks = channels.div_ceil(lanes);
+                let list = |seed| noise(seed, blocks * lanes);
+                let weights = GateWeights {
+                    gate,
+                    k,
+                    taps: noise(5, blocks * k * k * lanes),
+                    bias: list(6),
+                    after: Maps { scale: list(8), shift: list(9) },
+                };
+                let (seen, read) = (u.read(), x.read());
+                let written = out.write();
+                let weights_of = &weights;
+                f32::dispatch(
+                    isa,
+                    Gated { weights: weights_of, u: &seen, x: &read, pixels, out: &written },
+                );
+                for (c, row, column) in places(channels, rows, pixels) {
+                    let mut d = f64::from(weights.bias[c]);
+                    for tap in 0..k * k {
+                        let at = (c / lanes * k * k + tap) * lanes + c % lanes;
+                        let u = f64::from(*u.at(c, row + tap / k, column + tap % k));
+                        d += f64::from(weights.taps[at]) * u;
+                    }
+                    let g = match gate {
+                        Gate::Gaussian => (-d * d).exp(),
+                        Gate::Sigmoid => 1.0 / (1.0 + (-d).exp()),
+                    };
+                    let gated = f64::from(*x.at(c, row, column)) * g;
+                    let scale = f64::from(weights.after.scale[c]);
+                    let wanted = scale * gated + f64::from(weights.after.shift[c]);
+                    let got = f64::from(*out.at(c, row, column));
+                    assert!((got - wanted).abs() < 1e-5, "{isa}, k {k}: {got} for {wanted}");
+                }
+            }
+        }
+    }
+}
+
+fn places(c: usize, h: usize, w: usize) -> impl Iterator<Item = (usize, usize, usize)> {
+    (0..c * h * w).map(move |i| (i / (h * w), i / w % h, i % w))
+}
