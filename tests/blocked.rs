@@ -55,12 +55,12 @@ impl Image {
     }
 
     fn read(&self) -> Vec<Row<'_>> {
-        self.rows.iter().map(|row| Row::new(row, self.width * self.lanes)).collect()
+        self.rows.iter().map(|row| Row::new(row, self.width * self.lanes, self.lanes)).collect()
     }
 
     fn write(&mut self) -> Vec<RowMut<'_>> {
-        let stride = self.width * self.lanes;
-        self.rows.iter_mut().map(|row| RowMut::new(row, stride)).collect()
+        let (stride, lanes) = (self.width * self.lanes, self.lanes);
+        self.rows.iter_mut().map(|row| RowMut::new(row, stride, lanes)).collect()
     }
 }
 

@@ -576,6 +576,70 @@ fn depthwise_in_channels_last() {
 }
 
 #[track_caller]
+#[test]
+fn xunits_evaluate_in_channels_last() {
+    on_every_isa("xunits_evaluate_in_channels_last", || {
+        let mut noise = Noise::new(78);
+        let lanes = simd::selected_lanes::<f32>();
+        let given = |(variant, _, modes): &(Variant, Gate, [Mode; 2])| {
+            *variant != Variant::Dense && !modes.contains(&Mode::Training)
+        };
+        for kind in units().filter(given) {
+            for k in [1, 3, 5, 7, 9, 11] {
+                // One pixel; every tail of a tile; several tasks of rows and columns.
+                let large = (2, lanes, 20 + noise.below(30), 97 + noise.below(110));
+                let small = (1, 3 * lanes, 1 + noise.below(9), 1 + noise.below(20));
+                for (n, c, h, w) in [(1, lanes, 1, 1), small, large] {
+                    let batch = Batch::new(&[n, c, h, w]).unwrap();
+                    let biases = noise.below(3) > 0;
+                    let twin = unit(&mut noise, c, kind, k, biases);
+                    let mut x = noise.vec(batch.size());
+                    if kind.0 == Variant::Slim && k == 5 {
+                        noise.spoil(&mut x);
+                    }
+                    let x = Array4::from_shape_vec(batch.dims(), x).unwrap();
+                    let want = reference::xunit(&twin, &x).out;
+                    let (owned, x) = (Owned::<f32>::new(&twin), channels_last::<f32>(&x));
+                    for threads in [1, 3] {
+                        let mut out = nan::<f32>(batch.size());
+                        let threads = Threads::Own(threads);
+                        ops::xunit_evaluate_channels_last(
+                            &owned.unit(),
+                            batch,
+                            &x,
+                            &mut out,
+                            threads,
+                        )
+                        .unwrap();
+                        close_beside(&out, &channels_last::<f64>(&want), 1.0, || {
+                            format!("{kind:?}, k {k}, {batch:?}, {}", simd::selected())
+                        });
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn xunits_that_channels_last_does_not_take() {
+    let lanes = simd::selected_lanes::<f32>();
+    let run = |variant: Variant, modes: [Mode; 2], c: usize, wanted: &str| {
+        let mut noise = Noise::new(79);
+        let unit =
+            Owned::<f32>::new(&unit(&mut noise, c, (variant, Gate::Sigmoid, modes), 3, true));
+        let batch = Batch::new(&[1, c, 2, 2]).unwrap();
+        let (x, mut out) = (vec![0.0; batch.size()], vec![0.0; batch.size()]);
+        let threads = Threads::Own(1);
+        let result = ops::xunit_evaluate_channels_last(&unit.unit(), batch, &x, &mut out, threads);
+        refused(result, &[wanted]);
+    };
+    run(Variant::Dense, [Mode::None; 2], lanes, "Dense");
+    run(Variant::Full, [Mode::None; 2], lanes + 1, &(lanes + 1).to_string());
+    run(Variant::Full, [Mode::Training, Mode::None], lanes, "statistics");
+    run(Variant::Slim, [Mode::None, Mode::Training], lanes, "statistics");
+}
+
 fn refused<R>(result: Result<R, ShapeError>, words: &[&str]) {
     let message = result.err().expect("should be refused").to_string();
     assert!(words.iter().all(|word| message.contains(word)), "{message:?} lacks {words:?}");

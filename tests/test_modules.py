@@ -164,6 +164,33 @@ def test_nan_and_inf_go_where_torch_sends_them(unit, gate, bn, backend):
     torch.testing.assert_close(out, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("gate", ["sigmoid", "gaussian"])
+def test_evaluation_in_channels_last(unit, gate, batch_norm, dtype):
+    for channels, size, kernel in ((32, 40, 7), (64, 33, 9), (19, 60, 3)):
+        module = unit(channels, kernel, batch_norm, gate=gate)
+        module(torch.randn(2, channels, 9, 9))  # running statistics
+        module = module.eval().to(dtype)
+        x = torch.randn(2, channels, size, size, dtype=dtype)
+        x = x.to(memory_format=torch.channels_last)
+        want = reference_of(module, x)
+        with torch.no_grad():
+            out = module(x)
+        assert out.is_contiguous(memory_format=torch.channels_last) and out.dtype == dtype
+        bound = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float64: 1e-12}[dtype]
+        torch.testing.assert_close(out.double(), want, rtol=bound, atol=bound)
+
+
+def reference_of(module, x):
+    """The plain definition in float64."""
+    twin = copy.deepcopy(module).double()
+    twin.backend = "torch"
+    with torch.no_grad():
+        return twin(x.double())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("unit", UNITS)
 def test_channels_last_is_kept(unit, backend):

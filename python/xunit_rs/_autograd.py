@@ -48,6 +48,9 @@ _TAKES_TENSORS = _NO_CORE is None and _core.use_torch(
     Tensor, getattr(Tensor, "__dlpack_c_exchange_api__", None), _parallel_for()
 )
 
+# Channels that the kernels for channels_last take at a time.
+_LANES = int(_core.build_info()["lanes"]) if _NO_CORE is None else 1
+
 BACKENDS = ("auto", "rust", "torch")
 GATES = ("sigmoid", "gaussian")
 _HALF = (torch.bfloat16, torch.float16)
@@ -138,7 +141,7 @@ def xunit(
     affine = [t for bn in norms for t in (bn[:2] if bn is not None else (None, None))]
     inputs = (*operands, *affine)
     graph = _needs_graph(inputs)
-    if backend == "auto" and not graph and _is_torchs(x):
+    if backend == "auto" and not graph and _is_torchs(x, variant, norms, training):
         return fallback()
     values = x.numel() // x.shape[1]
     for bn, live in zip(norms, training, strict=True):
@@ -258,14 +261,39 @@ def _not_plain(t: Tensor) -> str | None:
     return None
 
 
-def _is_torchs(x: Tensor) -> bool:
+def _is_torchs(
+    x: Tensor,
+    variant: str,
+    norms: Sequence[BatchNormState | None],
+    training: Sequence[bool],
+) -> bool:
     """Whether torch is faster in a pass without gradients: on large tensors in channels_last.
 
-    Those of the xUnits work on planes, so that x and the result are copied from one layout to the
-    other: 0.2 to 0.5 times torch's speed at 16×64×64×64, k = 7 (benches/compare.py). With gradients
-    they are 2 times as fast all the same.
+    The kernels but those of evaluation work on planes there, so that x and the result are copied
+    from one layout to the other: 0.2 to 0.5 times torch's speed at 16×64×64×64, k = 7
+    (benches/compare.py). With gradients they are 2 times as fast all the same.
     """
-    return not x.is_contiguous() and _is_channels_last(x) and x.numel() >= 1 << 16
+    given = all(
+        bn is None or (not live and bn.running_mean is not None)
+        for bn, live in zip(norms, training, strict=True)
+    )
+    return (
+        not x.is_contiguous()
+        and _is_channels_last(x)
+        and x.numel() >= 1 << 16
+        and not (given and _evaluates_channels_last(x, variant))
+    )
+
+
+def _evaluates_channels_last(x: Tensor, variant: str) -> bool:
+    """Whether there is a kernel for channels_last if batch norm is given its statistics."""
+    return (
+        variant != "dense"
+        and x.dtype is not torch.float64
+        and x.shape[1] % _LANES == 0
+        and not x.is_contiguous()
+        and _is_channels_last(x)
+    )
 
 
 def _is_torchs_conv(x: Tensor, weight: Tensor, call: _Conv, graph: bool) -> bool:
@@ -524,6 +552,21 @@ def _unit_forward(
             running = (*map(_to_write, follow), weight_of_batch)
         norms.append((*affine, *map(_to_write, found), bn.eps, True, running))
         statistics.append(found)
+    given = all(bn is None or bn.mean is not None for bn in call.norms)
+    if not save and given and _evaluates_channels_last(x, call.variant):
+        out = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
+        _core.xunit_evaluate_channels_last(
+            call.variant,
+            call.gate,
+            _ready(_in_order(x, True), dtype),
+            _ready(weight, dtype),
+            _optional(bias, dtype),
+            norms[0],
+            norms[1],
+            _to_write(_in_order(out, True)),
+            torch.get_num_threads(),
+        )
+        return out.to(x.dtype), (None, None), statistics
     out = _empty(x, dtype)
     d = _empty(x, dtype) if save else None
     p = _empty(x, dtype) if save and call.variant == "dense" else None

@@ -17,6 +17,7 @@ __all__ = [
     "memory_bandwidth",
     "use_torch",
     "xunit_backward",
+    "xunit_evaluate_channels_last",
     "xunit_forward",
 ]
 
@@ -54,6 +55,17 @@ def depthwise_conv2d_backward(
     gbias: _Array | None,
     threads: int,
     channels_last: bool = False,
+) -> None: ...
+def xunit_evaluate_channels_last(
+    variant: str,
+    gate: str,
+    x: _Array,
+    weight: _Array,
+    bias: _Array | None,
+    bn1: _ForwardNorm | None,
+    bn2: _ForwardNorm | None,
+    out: _Array,
+    threads: int,
 ) -> None: ...
 def xunit_forward(
     variant: str,

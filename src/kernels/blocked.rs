@@ -12,22 +12,30 @@ use super::activation::Gate;
 use crate::memory::Line;
 use crate::simd::{Kernel, Simd};
 
-/// A row to read: (blocks, pixels, lanes), a block `stride` elements after the one before.
+/// A row to read: (blocks, pixels, lanes), a block `stride` elements after the one before, a pixel
+/// `step` elements: as many as lanes, or more where it lies in a tensor in channels_last.
 #[derive(Clone, Copy, Debug)]
 pub struct Row<'a> {
     data: &'a [f32],
     stride: usize,
+    step: usize,
 }
 
 impl<'a> Row<'a> {
-    pub fn new(data: &'a [f32], stride: usize) -> Self {
-        Self { data, stride }
+    pub fn new(data: &'a [f32], stride: usize, step: usize) -> Self {
+        Self { data, stride, step }
     }
 
-    /// Whether so many pixels of so many blocks can be read.
+    /// Whether so many pixels of so many blocks can be read, next to each other.
     #[inline(always)]
     pub(super) fn holds(&self, blocks: usize, pixels: usize, lanes: usize) -> bool {
-        self.data.len() >= (blocks - 1) * self.stride + pixels * lanes
+        self.step == lanes && self.reaches(blocks, pixels, lanes)
+    }
+
+    /// Whether they can, `step` elements apart.
+    #[inline(always)]
+    fn reaches(&self, blocks: usize, pixels: usize, lanes: usize) -> bool {
+        self.data.len() >= (blocks - 1) * self.stride + pixels.saturating_sub(1) * self.step + lanes
     }
 
     /// The first pixel of a block.
@@ -42,13 +50,14 @@ impl<'a> Row<'a> {
 pub struct RowMut<'a> {
     ptr: *mut f32,
     stride: usize,
+    step: usize,
     len: usize,
     data: PhantomData<&'a mut [f32]>,
 }
 
 impl<'a> RowMut<'a> {
-    pub fn new(data: &'a mut [f32], stride: usize) -> Self {
-        Self { ptr: data.as_mut_ptr(), stride, len: data.len(), data: PhantomData }
+    pub fn new(data: &'a mut [f32], stride: usize, step: usize) -> Self {
+        Self { ptr: data.as_mut_ptr(), stride, step, len: data.len(), data: PhantomData }
     }
 
     /// The row of `len` elements from `ptr` on: for a row of which other threads write other pixels.
@@ -56,13 +65,19 @@ impl<'a> RowMut<'a> {
     /// # Safety
     /// The elements must be valid for writing, and nobody else may use those that the kernel writes,
     /// as long as this lives.
-    pub unsafe fn from_raw(ptr: *mut f32, len: usize, stride: usize) -> Self {
-        Self { ptr, stride, len, data: PhantomData }
+    pub unsafe fn from_raw(ptr: *mut f32, len: usize, stride: usize, step: usize) -> Self {
+        Self { ptr, stride, step, len, data: PhantomData }
+    }
+
+    /// As [`Row::holds`] and [`Row::reaches`].
+    #[inline(always)]
+    fn holds(&self, blocks: usize, pixels: usize, lanes: usize) -> bool {
+        self.step == lanes && self.reaches(blocks, pixels, lanes)
     }
 
     #[inline(always)]
-    fn holds(&self, blocks: usize, pixels: usize, lanes: usize) -> bool {
-        self.len >= (blocks - 1) * self.stride + pixels * lanes
+    fn reaches(&self, blocks: usize, pixels: usize, lanes: usize) -> bool {
+        self.len >= (blocks - 1) * self.stride + pixels.saturating_sub(1) * self.step + lanes
     }
 
     #[inline(always)]
@@ -370,7 +385,8 @@ const MAX_TILE: usize = 6;
 /// out = after(x · g(bias + taps ⋆ u)), rows of all blocks.
 pub struct Gated<'a> {
     pub weights: &'a GateWeights,
-    /// 2 ⌊k / 2⌋ rows more than there are of x, from the first column that a tap reads on.
+    /// 2 ⌊k / 2⌋ rows more than there are of x, from the first column that a tap reads on, their pixels
+    /// next to each other.
     pub u: &'a [Row<'a>],
     pub x: &'a [Row<'a>],
     pub pixels: usize,
@@ -390,8 +406,8 @@ impl Kernel<f32> for Gated<'_> {
         let Maps { scale, shift } = &self.weights.after;
         assert!(scale.len() == blocks * lanes && shift.len() == blocks * lanes);
         assert!(self.u.iter().all(|row| row.holds(blocks, pixels + k - 1, lanes)));
-        assert!(self.x.iter().all(|row| row.holds(blocks, pixels, lanes)));
-        assert!(self.out.iter().all(|row| row.holds(blocks, pixels, lanes)));
+        assert!(self.x.iter().all(|row| row.reaches(blocks, pixels, lanes)));
+        assert!(self.out.iter().all(|row| row.reaches(blocks, pixels, lanes)));
         for block in 0..blocks {
             let mut y = 0;
             while y < self.x.len() {
@@ -452,7 +468,7 @@ impl Gated<'_> {
         let (weights, lanes, k) = (self.weights, simd.lanes(), self.weights.k);
         // Of the tile after this one: the rows come from the third-level cache, and the first ones that
         // a tile reads are those that it has the least to do with.
-        for row in self.u[y..y + k - 1 + R].iter().chain(&self.x[y..y + R]) {
+        for row in &self.u[y..y + k - 1 + R] {
             for c in 0..C {
                 simd.prefetch(row.block(block).wrapping_add((x + k - 1 + C + c) * lanes));
             }
@@ -484,14 +500,12 @@ impl Gated<'_> {
             let scale = simd.load(weights.after.scale.as_ptr().add(block * lanes));
             let shift = simd.load(weights.after.shift.as_ptr().add(block * lanes));
             for r in 0..R {
-                let x_row = self.x.get_unchecked(y + r).block(block).add(x * lanes);
-                let out = self.out.get_unchecked(y + r).block(block).add(x * lanes);
-                let mut c = 0;
-                while c < C {
+                let (from, to) = (self.x.get_unchecked(y + r), self.out.get_unchecked(y + r));
+                for c in 0..C {
                     let g = weights.gate.value(simd, simd.load(sums.add((r * C + c) * lanes)));
-                    let gated = simd.mul(simd.load(x_row.add(c * lanes)), g);
-                    simd.store(simd.fma(scale, gated, shift), out.add(c * lanes));
-                    c += 1;
+                    let x_at = simd.load(from.block(block).add((x + c) * from.step));
+                    let out = simd.fma(scale, simd.mul(x_at, g), shift);
+                    simd.store(out, to.block(block).add((x + c) * to.step));
                 }
             }
         }
@@ -536,5 +550,51 @@ impl Gated<'_> {
             }
         }
         acc
+    }
+}
+
+/// u = relu(scale · (x − centre) + shift) or x, for a [`Gated`]: a block of a row in channels_last.
+pub struct Gather<'a> {
+    /// From the block of the first pixel on.
+    pub x: &'a [f32],
+    /// Elements from one pixel of x to the next.
+    pub step: usize,
+    /// Centre, scale and shift of the block.
+    pub rectifier: Option<[&'a [f32]; 3]>,
+    pub out: &'a mut [f32],
+}
+
+impl Kernel<f32> for Gather<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<f32>>(self, simd: S) {
+        let Self { x, step, rectifier, out } = self;
+        let lanes = simd.lanes();
+        let pixels = out.len() / lanes;
+        assert!(pixels == 0 || x.len() >= (pixels - 1) * step + lanes);
+        assert!(rectifier.is_none_or(|maps| maps.iter().all(|map| map.len() >= lanes)));
+        let zero = simd.splat(0.0);
+        // SAFETY: pixels of x and out, and vectors of the maps, by the assertions above.
+        unsafe {
+            if let Some(maps) = rectifier {
+                let [centre, scale, shift] = [maps[0], maps[1], maps[2]];
+                let centre = simd.load(centre.as_ptr());
+                let (scale, shift) = (simd.load(scale.as_ptr()), simd.load(shift.as_ptr()));
+                for pixel in 0..pixels {
+                    let v = simd.sub(simd.load(x.as_ptr().add(pixel * step)), centre);
+                    let v = simd.fma(scale, v, shift);
+                    simd.store(
+                        simd.select_le_zero(v, zero, v),
+                        out.as_mut_ptr().add(pixel * lanes),
+                    );
+                }
+            } else {
+                for pixel in 0..pixels {
+                    let v = simd.load(x.as_ptr().add(pixel * step));
+                    simd.store(v, out.as_mut_ptr().add(pixel * lanes));
+                }
+            }
+        }
     }
 }

@@ -90,7 +90,7 @@ impl<'a> Shared<'a> {
                 self.row_len - at,
             )
         };
-        Row::new(data, ring.stride)
+        Row::new(data, ring.stride, ring.lanes)
     }
 
     /// Pixels `x` of rows `y`.
@@ -106,7 +106,7 @@ impl<'a> Shared<'a> {
         let row = |y: usize| {
             let start = ring.slot(y as isize) * self.row_len + at;
             // SAFETY: inside the slot, by the assertion; the caller vouches for the rest.
-            unsafe { RowMut::from_raw(self.ptr.add(start), len, ring.stride) }
+            unsafe { RowMut::from_raw(self.ptr.add(start), len, ring.stride, ring.lanes) }
         };
         y.map(row).collect()
     }

@@ -7,6 +7,7 @@
 
 mod channels_last;
 mod depthwise;
+mod evaluate;
 mod phases;
 mod pointwise;
 pub(crate) mod scratch;
@@ -16,6 +17,7 @@ use std::marker::PhantomData;
 
 pub use channels_last::{depthwise_backward_channels_last, depthwise_forward_channels_last};
 pub use depthwise::{DepthwiseGradients, depthwise_backward, depthwise_forward};
+pub use evaluate::xunit_evaluate_channels_last;
 pub use pointwise::Pointwise;
 pub use xunit::{
     BatchStats, Norm, PointwiseGradients, Running, Variant, XUnit, XUnitGradients, XUnitOutput,

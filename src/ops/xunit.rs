@@ -137,8 +137,8 @@ pub struct PointwiseGradients<'a, T> {
 
 /// One channel of a batch norm, resolved: the affine map and the statistics behind it.
 #[derive(Clone, Copy)]
-struct Channel<T> {
-    affine: Affine<T>,
+pub(super) struct Channel<T> {
+    pub(super) affine: Affine<T>,
     mean: f64,
     inv_std: f64,
 }
@@ -154,7 +154,7 @@ impl<T: Scalar> Channel<T> {
     }
 
     /// From given statistics; the identity without batch norm.
-    fn given(norm: Option<&Norm<'_, T>>, c: usize) -> Self {
+    pub(super) fn given(norm: Option<&Norm<'_, T>>, c: usize) -> Self {
         match norm {
             Some(norm) => {
                 let (mean, var) = norm.stats.expect("checked by the caller");
@@ -227,7 +227,7 @@ impl Statistics {
 }
 
 /// The multiply-adds that an activation's exponentials and sums are worth, beside its taps.
-const POINTWISE_WORK: usize = 16;
+pub(super) const POINTWISE_WORK: usize = 16;
 
 /// Forward of an xUnit: out = x · g(d).
 ///
@@ -599,7 +599,11 @@ fn check_gradients<T>(
 }
 
 /// Checks what belongs to the variant and every length.
-fn check<T: Scalar>(unit: &XUnit<'_, T>, batch: Batch, x: &[T]) -> Result<Geometry, ShapeError> {
+pub(super) fn check<T: Scalar>(
+    unit: &XUnit<'_, T>,
+    batch: Batch,
+    x: &[T],
+) -> Result<Geometry, ShapeError> {
     let geometry = Geometry::new(batch, Conv::same(unit.kernel)?)?;
     let dense = unit.variant == Variant::Dense;
     if dense != unit.pointwise.is_some() {

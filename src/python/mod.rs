@@ -29,7 +29,7 @@ mod _core {
     #[pymodule_export]
     use super::tensor::{is_plain, use_torch};
     #[pymodule_export]
-    use super::xunit::{xunit_backward, xunit_forward};
+    use super::xunit::{xunit_backward, xunit_evaluate_channels_last, xunit_forward};
     #[pymodule_export]
     use super::{build_info, default_threads};
 
@@ -50,7 +50,7 @@ mod _core {
     }
 }
 
-/// Version, instruction set in use and all that the machine has.
+/// Version, instruction set in use, all that the machine has, and float32 lanes of a vector.
 #[pyfunction]
 fn build_info() -> BTreeMap<&'static str, String> {
     let isas: Vec<_> = crate::simd::available().iter().map(ToString::to_string).collect();
@@ -58,6 +58,7 @@ fn build_info() -> BTreeMap<&'static str, String> {
         ("version", env!("CARGO_PKG_VERSION").to_owned()),
         ("isa", crate::simd::selected().to_string()),
         ("isas", isas.join(" ")),
+        ("lanes", crate::simd::selected_lanes::<f32>().to_string()),
     ])
 }
 

@@ -274,6 +274,52 @@ fn forward<'py, T: Number>(
     Ok(())
 }
 
+/// xunit_forward of x (N, H, W, C), float32, in evaluation, without "dense": the batch norms use the
+/// statistics that they come with, and C is a multiple of build_info()["lanes"].
+#[pyfunction]
+#[pyo3(signature = (variant, gate, x, weight, bias, bn1, bn2, out, threads))]
+#[allow(clippy::too_many_arguments)]
+pub fn xunit_evaluate_channels_last<'py>(
+    variant: &str,
+    gate: &str,
+    x: &Array<'py>,
+    weight: &Array<'py>,
+    bias: Option<&Array<'py>>,
+    bn1: Option<ForwardNorm<'py>>,
+    bn2: Option<ForwardNorm<'py>>,
+    out: &Array<'py>,
+    threads: usize,
+) -> PyResult<()> {
+    let (kind, py) = ((variant_of(variant)?, gate_of(gate)?), x.py());
+    let x = View::<f32>::input("x", x)?;
+    let &[n, h, w, c] = x.shape() else {
+        return Err(PyValueError::new_err(format!(
+            "x must have shape (N, H, W, C), got {:?}",
+            x.shape()
+        )));
+    };
+    let batch = Batch::new(&[n, c, h, w])?;
+    let (weight, bias) = (View::read("weight", Some(weight))?, View::read("bias", bias)?);
+    let norms = [NormInput::<f32>::forward(bn1, c)?, NormInput::forward(bn2, c)?];
+    let out = View::output("out", out)?;
+    out.expect_shape("out", x.shape())?;
+    let norms_of = || norms.iter().flatten();
+    disjoint(
+        [Some(&x), weight.as_ref(), bias.as_ref()]
+            .into_iter()
+            .flatten()
+            .map(View::range)
+            .chain(norms_of().flat_map(NormInput::inputs)),
+        [out.range()].into_iter().chain(norms_of().flat_map(NormInput::outputs)),
+    )?;
+    let unit = unit(kind, batch, [&None, &None, &weight, &bias], &norms)?;
+    // SAFETY: checked to be disjoint, and taken once.
+    let (x, out) = (x.slice(), unsafe { out.slice_mut() });
+    let threads = Threads::Host(threads);
+    detached(py, || ops::xunit_evaluate_channels_last(&unit, batch, x, out, threads))??;
+    Ok(())
+}
+
 fn unit<'a, T: Number>(
     (variant, gate): (Variant, Gate),
     batch: Batch,

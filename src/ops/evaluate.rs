@@ -1,0 +1,127 @@
+//! xUnits in evaluation of tensors in channels_last (N, H, W, C): in blocks of as many channels as a
+//! vector has lanes, in which the depthwise convolution takes whole vectors and the gate follows it in
+//! registers.
+
+use super::scratch::Scratch;
+use super::xunit::{Channel, POINTWISE_WORK, Variant, XUnit, check};
+use super::{Planes, expect_len};
+use crate::kernels::blocked::{GateWeights, Gated, Gather, Maps, Row, RowMut};
+use crate::parallel::{self, Threads};
+use crate::shape::{Batch, ShapeError, shape_error};
+use crate::simd;
+
+/// Rows and columns of a task: with what is around it, k = 9 and 64 channels, 640 KB of x.
+const ROWS: usize = 16;
+const COLUMNS: usize = 96;
+
+/// The constants of a block of channels.
+struct Block {
+    weights: GateWeights,
+    /// Centre, scale and shift ahead of the ReLU, of an xUnit.
+    rectifier: Option<[Vec<f32>; 3]>,
+}
+
+impl Block {
+    /// Channels from `first` on. Batch norm 2 is folded into the taps, which it follows.
+    fn new(unit: &XUnit<'_, f32>, first: usize, lanes: usize) -> Self {
+        let taps = unit.kernel * unit.kernel;
+        let mut folded = vec![0.0; taps * lanes];
+        let mut bias = Vec::new();
+        let mut rectifier = [const { Vec::new() }; 3];
+        for (lane, c) in (first..first + lanes).enumerate() {
+            let norm = Channel::given(unit.norm2.as_ref(), c).affine;
+            for (tap, &weight) in unit.weight[c * taps..][..taps].iter().enumerate() {
+                folded[tap * lanes + lane] = norm.scale * weight;
+            }
+            let own = unit.bias.map_or(0.0, |bias| bias[c]);
+            let [own, centre, scale, shift] =
+                [own, norm.centre, norm.scale, norm.shift].map(f64::from);
+            bias.push((scale * (own - centre) + shift) as f32);
+            let norm = Channel::given(unit.norm1.as_ref(), c).affine;
+            for (list, value) in rectifier.iter_mut().zip([norm.centre, norm.scale, norm.shift]) {
+                list.push(value);
+            }
+        }
+        let after = Maps { scale: vec![1.0; lanes], shift: vec![0.0; lanes] };
+        let weights = GateWeights { gate: unit.gate, k: unit.kernel, taps: folded, bias, after };
+        Self { weights, rectifier: (unit.variant == Variant::Full).then_some(rectifier) }
+    }
+}
+
+/// [`super::xunit_forward`] of x to out, both (N, H, W, C) contiguous, for xUnit and xUnitS whose batch
+/// norms are given their statistics.
+///
+/// Errors if a length does not fit, C is no multiple of [`simd::selected_lanes`], or the unit or its
+/// norms are others.
+pub fn xunit_evaluate_channels_last(
+    unit: &XUnit<'_, f32>,
+    batch: Batch,
+    x: &[f32],
+    out: &mut [f32],
+    threads: Threads,
+) -> Result<(), ShapeError> {
+    check(unit, batch, x)?;
+    expect_len("out", out, batch.size())?;
+    let lanes = simd::selected_lanes::<f32>();
+    let Batch { n: images, c, h, w } = batch;
+    if unit.variant == Variant::Dense || c % lanes != 0 {
+        return Err(shape_error!(
+            "channels_last is for xUnit and xUnitS of a multiple of {lanes} channels, got {:?} of {c}",
+            unit.variant
+        ));
+    }
+    if [&unit.norm1, &unit.norm2].into_iter().flatten().any(|norm| norm.stats.is_none()) {
+        return Err(shape_error!("channels_last is for evaluation: batch norm needs statistics"));
+    }
+    let threads = threads.for_work(batch.size() * (unit.kernel * unit.kernel + POINTWISE_WORK));
+    let blocks: Vec<_> = (0..c).step_by(lanes).map(|c| Block::new(unit, c, lanes)).collect();
+    let (k, halo) = (unit.kernel, unit.kernel / 2);
+    let (bands, chunks) = (h.div_ceil(ROWS), w.div_ceil(COLUMNS));
+    let planes = Planes::new(out, batch);
+    parallel::for_each(threads, images * bands * chunks, |task| {
+        let (n, band, chunk) = (task / chunks / bands, task / chunks % bands, task % chunks);
+        let (rows, columns) = (
+            h * band / bands..h * (band + 1) / bands,
+            w * chunk / chunks..w * (chunk + 1) / chunks,
+        );
+        let ld = (columns.len() + k - 1) * lanes;
+        // Padding stays zero: all blocks have it in the same place.
+        let mut u = Scratch::new((rows.len() + k - 1) * ld);
+        u.fill(0.0);
+        let left = halo.saturating_sub(columns.start);
+        let (start, end) = (columns.start + left - halo, (columns.end + halo).min(w));
+        let at = |y: usize, x: usize| ((n * h + y) * w + x) * c;
+        for (i, block) in blocks.iter().enumerate() {
+            for (row, u) in u.chunks_exact_mut(ld).enumerate() {
+                let y = (rows.start + row).wrapping_sub(halo);
+                if y < h {
+                    simd::dispatch(Gather {
+                        x: &x[at(y, start) + i * lanes..],
+                        step: c,
+                        rectifier: block
+                            .rectifier
+                            .as_ref()
+                            .map(|maps| maps.each_ref().map(|m| &m[..])),
+                        out: &mut u[left * lanes..][..(end - start) * lanes],
+                    });
+                }
+            }
+            let of_x = |y| Row::new(&x[at(y, columns.start) + i * lanes..], 0, c);
+            let of_out = |y| {
+                let first = (y * w + columns.start) * c + i * lanes;
+                let len = (columns.len() - 1) * c + lanes;
+                // SAFETY: these channels of these pixels are inside image n, and this task alone
+                // writes them.
+                unsafe { RowMut::from_raw(planes.image(n).add(first), len, 0, c) }
+            };
+            simd::dispatch(Gated {
+                weights: &block.weights,
+                u: &u.chunks_exact(ld).map(|u| Row::new(u, 0, lanes)).collect::<Vec<_>>(),
+                x: &rows.clone().map(of_x).collect::<Vec<_>>(),
+                pixels: columns.len(),
+                out: &rows.clone().map(of_out).collect::<Vec<_>>(),
+            });
+        }
+    });
+    Ok(())
+}
