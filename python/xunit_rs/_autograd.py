@@ -141,7 +141,7 @@ def xunit(
     affine = [t for bn in norms for t in (bn[:2] if bn is not None else (None, None))]
     inputs = (*operands, *affine)
     graph = _needs_graph(inputs)
-    if backend == "auto" and not graph and _is_torchs(x, variant, norms, training):
+    if backend == "auto" and not graph and _is_torchs(x, norms, training):
         return fallback()
     values = x.numel() // x.shape[1]
     for bn, live in zip(norms, training, strict=True):
@@ -261,15 +261,10 @@ def _not_plain(t: Tensor) -> str | None:
     return None
 
 
-def _is_torchs(
-    x: Tensor,
-    variant: str,
-    norms: Sequence[BatchNormState | None],
-    training: Sequence[bool],
-) -> bool:
+def _is_torchs(x: Tensor, norms: Sequence[BatchNormState | None], training: Sequence[bool]) -> bool:
     """Whether torch is faster in a pass without gradients: on large tensors in channels_last.
 
-    The kernels but those of evaluation work on planes there, so that x and the result are copied
+    The kernels but those of evaluation work on planes, so that x and the result are copied
     from one layout to the other: 0.2 to 0.5 times torch's speed at 16×64×64×64, k = 7
     (benches/compare.py). With gradients they are 2 times as fast all the same.
     """
@@ -281,15 +276,14 @@ def _is_torchs(
         not x.is_contiguous()
         and _is_channels_last(x)
         and x.numel() >= 1 << 16
-        and not (given and _evaluates_channels_last(x, variant))
+        and not (given and _evaluates_channels_last(x))
     )
 
 
-def _evaluates_channels_last(x: Tensor, variant: str) -> bool:
+def _evaluates_channels_last(x: Tensor) -> bool:
     """Whether there is a kernel for channels_last if batch norm is given its statistics."""
     return (
-        variant != "dense"
-        and x.dtype is not torch.float64
+        x.dtype is not torch.float64
         and x.shape[1] % _LANES == 0
         and not x.is_contiguous()
         and _is_channels_last(x)
@@ -553,12 +547,14 @@ def _unit_forward(
         norms.append((*affine, *map(_to_write, found), bn.eps, True, running))
         statistics.append(found)
     given = all(bn is None or bn.mean is not None for bn in call.norms)
-    if not save and given and _evaluates_channels_last(x, call.variant):
+    if not save and given and _evaluates_channels_last(x):
         out = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
         _core.xunit_evaluate_channels_last(
             call.variant,
             call.gate,
             _ready(_in_order(x, True), dtype),
+            _optional(pw_weight, dtype),
+            _optional(pw_bias, dtype),
             _ready(weight, dtype),
             _optional(bias, dtype),
             norms[0],

@@ -60,6 +60,8 @@ def xunit_evaluate_channels_last(
     variant: str,
     gate: str,
     x: _Array,
+    pw_weight: _Array | None,
+    pw_bias: _Array | None,
     weight: _Array,
     bias: _Array | None,
     bn1: _ForwardNorm | None,

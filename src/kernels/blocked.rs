@@ -598,3 +598,124 @@ impl Kernel<f32> for Gather<'_> {
         }
     }
 }
+
+/// Weights of a convolution 1 × 1 in channels_last, packed for [`Mix`], and its bias.
+#[derive(Debug)]
+pub struct MixWeights {
+    inputs: usize,
+    /// (groups of outputs, inputs, outputs of the group): a group is [`MIXED`] vectors, the last may be
+    /// one.
+    packed: Vec<f32>,
+    bias: Vec<f32>,
+}
+
+/// Vectors of output channels of a register tile of a [`Mix`].
+const MIXED: usize = 2;
+
+impl MixWeights {
+    /// `weight` is (outputs, inputs), `bias` (outputs), both whole blocks.
+    pub fn new(weight: &[f32], bias: Vec<f32>, lanes: usize) -> Self {
+        let (outputs, group) = (bias.len(), MIXED * lanes);
+        let inputs = weight.len() / outputs;
+        assert!(outputs % lanes == 0 && weight.len() == inputs * outputs);
+        let mut packed = vec![0.0; weight.len()];
+        for (o, row) in weight.chunks_exact(inputs).enumerate() {
+            let first = o / group * group;
+            let size = group.min(outputs - first);
+            for (i, &value) in row.iter().enumerate() {
+                packed[first * inputs + i * size + o - first] = value;
+            }
+        }
+        Self { inputs, packed, bias }
+    }
+}
+
+/// out = relu(bias + weight · x), pixel by pixel: (pixels, channels) each.
+pub struct Mix<'a> {
+    pub weights: &'a MixWeights,
+    pub x: &'a [f32],
+    pub out: &'a mut [f32],
+}
+
+impl Kernel<f32> for Mix<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<f32>>(mut self, simd: S) {
+        let (inputs, outputs) = (self.weights.inputs, self.weights.bias.len());
+        let (lanes, pixels) = (simd.lanes(), self.x.len() / inputs);
+        assert!(self.x.len() == pixels * inputs && self.out.len() == pixels * outputs);
+        assert!(outputs % lanes == 0);
+        let mut o = 0;
+        // A group after the other, whose weights stay in the first-level cache.
+        while o < outputs {
+            let pair = outputs - o >= MIXED * lanes;
+            let mut t = 0;
+            while t < pixels {
+                let left = pixels - t;
+                // SAFETY: these pixels and channels are there, by the assertions above.
+                unsafe {
+                    // 12 × 2 accumulators and their operands fit 32 registers, 6 × 2 fit 16.
+                    t += match (S::TILE_VECTORS == 4 && left >= 12, left >= 6, pair) {
+                        (true, _, true) => self.tile::<S, 12, MIXED>(simd, t, o),
+                        (true, _, false) => self.tile::<S, 12, 1>(simd, t, o),
+                        (_, true, true) => self.tile::<S, 6, MIXED>(simd, t, o),
+                        (_, true, false) => self.tile::<S, 6, 1>(simd, t, o),
+                        (_, _, true) => self.tile::<S, 1, MIXED>(simd, t, o),
+                        (_, _, false) => self.tile::<S, 1, 1>(simd, t, o),
+                    };
+                }
+            }
+            o += if pair { MIXED * lanes } else { lanes };
+        }
+    }
+}
+
+impl Mix<'_> {
+    /// R pixels and V vectors of outputs. Returns R.
+    ///
+    /// # Safety
+    /// What `run` asserts; pixels and channels must be inside.
+    #[inline(always)]
+    unsafe fn tile<S: Simd<f32>, const R: usize, const V: usize>(
+        &mut self,
+        simd: S,
+        t: usize,
+        o: usize,
+    ) -> usize {
+        let (MixWeights { inputs, packed, bias }, lanes) = (self.weights, simd.lanes());
+        let (inputs, outputs, zero) = (*inputs, bias.len(), simd.splat(0.0));
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut acc = [[zero; V]; R];
+            for v in 0..V {
+                let bias = simd.load(bias.as_ptr().add(o + v * lanes));
+                for acc in &mut acc {
+                    acc[v] = bias;
+                }
+            }
+            let x = self.x.as_ptr().add(t * inputs);
+            let w = packed.as_ptr().add(o * inputs);
+            for i in 0..inputs {
+                let mut weight = [zero; V];
+                for (v, weight) in weight.iter_mut().enumerate() {
+                    *weight = simd.load(w.add((i * V + v) * lanes));
+                }
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let x = simd.splat(*x.add(r * inputs + i));
+                    for v in 0..V {
+                        acc[v] = simd.fma(x, weight[v], acc[v]);
+                    }
+                }
+            }
+            let out = self.out.as_mut_ptr().add(t * outputs + o);
+            for (r, acc) in acc.iter().enumerate() {
+                for (v, &acc) in acc.iter().enumerate() {
+                    let acc = simd.select_le_zero(acc, zero, acc);
+                    simd.store(acc, out.add(r * outputs + v * lanes));
+                }
+            }
+        }
+        R
+    }
+}

@@ -2,10 +2,12 @@
 //! vector has lanes, in which the depthwise convolution takes whole vectors and the gate follows it in
 //! registers.
 
+use super::pointwise::Pointwise;
 use super::scratch::Scratch;
 use super::xunit::{Channel, POINTWISE_WORK, Variant, XUnit, check};
 use super::{Planes, expect_len};
-use crate::kernels::blocked::{GateWeights, Gated, Gather, Maps, Row, RowMut};
+use crate::kernels::blocked::{GateWeights, Gated, Gather, Maps, Mix, MixWeights, Row, RowMut};
+use crate::memory::Aligned;
 use crate::parallel::{self, Threads};
 use crate::shape::{Batch, ShapeError, shape_error};
 use crate::simd;
@@ -48,11 +50,45 @@ impl Block {
     }
 }
 
-/// [`super::xunit_forward`] of x to out, both (N, H, W, C) contiguous, for xUnit and xUnitS whose batch
-/// norms are given their statistics.
+/// Pixels of a task of the convolution 1 × 1.
+const PANEL: usize = 192;
+
+/// relu(\[BN\] PW x) of xUnitD, batch norm folded into the weights.
+fn pointwise(
+    unit: &XUnit<'_, f32>,
+    pointwise: &Pointwise<'_, f32>,
+    x: &[f32],
+    c: usize,
+    threads: Threads,
+) -> Aligned {
+    let mut weight = pointwise.weight.to_vec();
+    let mut bias = Vec::new();
+    for (o, row) in weight.chunks_exact_mut(c).enumerate() {
+        let norm = Channel::given(unit.norm1.as_ref(), o).affine;
+        row.iter_mut().for_each(|weight| *weight *= norm.scale);
+        let own = pointwise.bias.map_or(0.0, |bias| bias[o]);
+        let [own, centre, scale, shift] = [own, norm.centre, norm.scale, norm.shift].map(f64::from);
+        bias.push((scale * (own - centre) + shift) as f32);
+    }
+    let weights = MixWeights::new(&weight, bias, simd::selected_lanes::<f32>());
+    let mut p = Aligned::new(x.len());
+    let panels = Planes::new(&mut p, Batch { n: 1, c: 1, h: x.len() / c, w: c });
+    let pixels = x.len() / c;
+    parallel::for_each(threads, pixels.div_ceil(PANEL), |task| {
+        let first = task * PANEL;
+        let len = PANEL.min(pixels - first) * c;
+        // SAFETY: these pixels are inside, and this task alone writes them.
+        let out = unsafe { std::slice::from_raw_parts_mut(panels.image(0).add(first * c), len) };
+        simd::dispatch(Mix { weights: &weights, x: &x[first * c..][..len], out });
+    });
+    p
+}
+
+/// [`super::xunit_forward`] of x to out, both (N, H, W, C) contiguous, where batch norms are given
+/// their statistics.
 ///
-/// Errors if a length does not fit, C is no multiple of [`simd::selected_lanes`], or the unit or its
-/// norms are others.
+/// Errors if a length does not fit, C is no multiple of [`simd::selected_lanes`], or a norm is to use
+/// the batch's statistics.
 pub fn xunit_evaluate_channels_last(
     unit: &XUnit<'_, f32>,
     batch: Batch,
@@ -64,16 +100,15 @@ pub fn xunit_evaluate_channels_last(
     expect_len("out", out, batch.size())?;
     let lanes = simd::selected_lanes::<f32>();
     let Batch { n: images, c, h, w } = batch;
-    if unit.variant == Variant::Dense || c % lanes != 0 {
-        return Err(shape_error!(
-            "channels_last is for xUnit and xUnitS of a multiple of {lanes} channels, got {:?} of {c}",
-            unit.variant
-        ));
+    if c % lanes != 0 {
+        return Err(shape_error!("channels_last is for a multiple of {lanes} channels, got {c}"));
     }
     if [&unit.norm1, &unit.norm2].into_iter().flatten().any(|norm| norm.stats.is_none()) {
         return Err(shape_error!("channels_last is for evaluation: batch norm needs statistics"));
     }
     let threads = threads.for_work(batch.size() * (unit.kernel * unit.kernel + POINTWISE_WORK));
+    let mixed = unit.pointwise.as_ref().map(|own| pointwise(unit, own, x, c, threads));
+    let source = mixed.as_deref().unwrap_or(x);
     let blocks: Vec<_> = (0..c).step_by(lanes).map(|c| Block::new(unit, c, lanes)).collect();
     let (k, halo) = (unit.kernel, unit.kernel / 2);
     let (bands, chunks) = (h.div_ceil(ROWS), w.div_ceil(COLUMNS));
@@ -96,7 +131,7 @@ pub fn xunit_evaluate_channels_last(
                 let y = (rows.start + row).wrapping_sub(halo);
                 if y < h {
                     simd::dispatch(Gather {
-                        x: &x[at(y, start) + i * lanes..],
+                        x: &source[at(y, start) + i * lanes..],
                         step: c,
                         rectifier: block
                             .rectifier

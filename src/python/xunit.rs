@@ -274,15 +274,17 @@ fn forward<'py, T: Number>(
     Ok(())
 }
 
-/// xunit_forward of x (N, H, W, C), float32, in evaluation, without "dense": the batch norms use the
-/// statistics that they come with, and C is a multiple of build_info()["lanes"].
+/// xunit_forward of x (N, H, W, C), float32, in evaluation: the batch norms use the statistics that
+/// they come with, and C is a multiple of build_info()["lanes"].
 #[pyfunction]
-#[pyo3(signature = (variant, gate, x, weight, bias, bn1, bn2, out, threads))]
+#[pyo3(signature = (variant, gate, x, pw_weight, pw_bias, weight, bias, bn1, bn2, out, threads))]
 #[allow(clippy::too_many_arguments)]
 pub fn xunit_evaluate_channels_last<'py>(
     variant: &str,
     gate: &str,
     x: &Array<'py>,
+    pw_weight: Option<&Array<'py>>,
+    pw_bias: Option<&Array<'py>>,
     weight: &Array<'py>,
     bias: Option<&Array<'py>>,
     bn1: Option<ForwardNorm<'py>>,
@@ -299,20 +301,22 @@ pub fn xunit_evaluate_channels_last<'py>(
         )));
     };
     let batch = Batch::new(&[n, c, h, w])?;
+    let (pw_weight, pw_bias) =
+        (View::read("pw_weight", pw_weight)?, View::read("pw_bias", pw_bias)?);
     let (weight, bias) = (View::read("weight", Some(weight))?, View::read("bias", bias)?);
     let norms = [NormInput::<f32>::forward(bn1, c)?, NormInput::forward(bn2, c)?];
     let out = View::output("out", out)?;
     out.expect_shape("out", x.shape())?;
     let norms_of = || norms.iter().flatten();
     disjoint(
-        [Some(&x), weight.as_ref(), bias.as_ref()]
+        [Some(&x), pw_weight.as_ref(), pw_bias.as_ref(), weight.as_ref(), bias.as_ref()]
             .into_iter()
             .flatten()
             .map(View::range)
             .chain(norms_of().flat_map(NormInput::inputs)),
         [out.range()].into_iter().chain(norms_of().flat_map(NormInput::outputs)),
     )?;
-    let unit = unit(kind, batch, [&None, &None, &weight, &bias], &norms)?;
+    let unit = unit(kind, batch, [&pw_weight, &pw_bias, &weight, &bias], &norms)?;
     // SAFETY: checked to be disjoint, and taken once.
     let (x, out) = (x.slice(), unsafe { out.slice_mut() });
     let threads = Threads::Host(threads);
