@@ -210,6 +210,124 @@ def test_lazy_parameters_stay_lazy():
     assert nn.parameter.is_lazy(model[0].weight)
 
 
+# ---------------------------------------------------------------- functional relus, via torch.fx
+
+
+def test_via_fx_rewrites_functional_relus():
+    model = Functional().eval()
+    sites = find_relus(model, image(), via="fx")
+    assert [(s.name, s.action) for s in sites] == [
+        ("relu", "convert"),
+        ("relu_1", "convert"),
+        ("relu_2", "convert"),
+        ("relu_3", "convert"),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same = replace_relu(model, image(), unit=lambda c: nn.ReLU(), via="fx")
+        new = replace_relu(model, image(), via="fx")
+    assert torch.equal(same(image()), model(image()))
+    assert isinstance(new, torch.fx.GraphModule)
+    assert not new.training and not new.relu_3.training
+    assert sum(type(m) is xUnit for m in new.modules()) == 4
+    # A copy, under the keys of old; what the model had is as it was.
+    old = model.state_dict()
+    assert all(torch.equal(v, new.state_dict()[k]) for k, v in old.items())
+    assert new.conv.weight is not model.conv.weight and type(model.relu) is nn.ReLU
+    x = h = model.conv(image())
+    x = model.inner(h * new.relu.features(h))
+    x = x * new.relu_1.features(x)
+    x = x.neg()
+    x = x * new.relu_2.features(x)
+    torch.testing.assert_close(new(image()), x * new.relu_3.features(x))
+
+
+class FunctionalBlock(nn.Module):
+    """In place and out of place, keywords, methods, a ReLU called twice, a head of 2 dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Functional()
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Linear(4, 2)
+        self.unused = nn.Linear(1, 1)
+
+    def forward(self, x):
+        x = self.relu(self.relu(self.inner(x)) - 0.1)
+        x = F.relu(x - 0.1, inplace=True) + F.relu(input=x, inplace=False)
+        y = x - 0.2
+        torch.relu_(y)  # for its effect
+        return F.relu(self.head((y.relu_() + x).mean((2, 3))))
+
+
+def test_via_fx_of_every_kind_of_call():
+    model = FunctionalBlock()
+    sites = find_relus(model, image(), via="fx")
+    assert sorted(s.name for s in sites if s.action == "convert") == [
+        *("inner.relu", "inner.relu_1", "inner.relu_2", "inner.relu_3"),
+        *("relu", "relu", "relu_1", "relu_2", "relu_4"),
+    ]
+    assert {s.name: s.reason for s in sites if s.action == "skip"} == {
+        "relu_3": "its in-place effect is used",
+        "relu_5": "the input is not 4-dimensional (N, C, H, W)",
+    }
+    same = replace_relu(model, image(), unit=lambda c: nn.ReLU(), via="fx")
+    assert torch.equal(same(image()), model(image()))
+    new = replace_relu(model, image(), via="fx")
+    assert len(new.relu) == 2 and not hasattr(new, "unused")
+    expected = new.eval()(image())
+    for again in (copy.deepcopy(new), pickle.loads(pickle.dumps(new))):
+        for _ in range(2):
+            torch.testing.assert_close(again(image()), expected)
+    torch.testing.assert_close(
+        torch.compile(new, backend="eager", fullgraph=True)(image()), expected
+    )
+    new.train()(image()).sum().backward()
+    assert all(p.grad is not None for p in new.parameters())
+
+
+def test_via_fx_keeps_our_layers_and_training_flags():
+    model = nn.Sequential(Functional(), xUnit(4), DepthwiseConv2d(4, 3)).eval()
+    model[0].train()
+    new = replace_relu(model, image(), via="fx")
+    assert type(new.get_submodule("1")) is xUnit
+    assert type(new.get_submodule("2")) is DepthwiseConv2d
+    flags = {name: m.training for name, m in new.named_modules()}
+    assert not flags[""] and not flags["1"] and flags["0.conv"] and flags["0.relu_1"]
+    assert [m.training for m in model.modules()][:3] == [False, True, True]
+
+
+def test_via_fx_says_what_it_cannot_do():
+    class Branching(Functional):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else -x)
+
+    class Mode(Functional):
+        def forward(self, x):
+            return F.dropout(super().forward(x), training=self.training)
+
+    hooked = nn.Sequential(Functional())
+    hooked[0].register_forward_hook(lambda *_: None)
+    for model, match in (
+        (Branching(), "cannot trace Branching"),
+        (Mode(), "Mode differs between training and evaluation"),
+        (hooked, "0 has hooks"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            replace_relu(model, image(), via="fx")
+        assert all(m.training for m in model.modules())
+    with pytest.raises(ValueError, match="inplace=True"):
+        replace_relu(Functional(), image(), via="fx", inplace=True)
+    with pytest.raises(ValueError, match="'jit'"):
+        find_relus(Functional(), image(), via="jit")
+    # torch.fx does not enter the modules of torch.nn.
+    layer = nn.Sequential(nn.TransformerEncoderLayer(6, 2, 8), nn.Unflatten(1, (1, 5)), nn.ReLU())
+    with pytest.warns(UserWarning, match=r"1 call\(s\) of a functional relu are left"):
+        replace_relu(layer, torch.randn(2, 5, 6), via="fx")
+    with pytest.warns(UserWarning, match="via='fx' converts"):
+        replace_relu(Functional(), image())
+
+
 # ---------------------------------------------------------------- replace_relu
 
 
@@ -631,7 +749,7 @@ def test_accelerate_official_units(variant, gate):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), official(variant, gate=gate))
     plain = copy.deepcopy(model)
     before = dict(model.named_parameters()) | dict(model.named_buffers())
-    assert accelerate(model) is model
+    assert accelerate(model).model is model
     assert type(model[1]) is getattr(modules, variant)
     after = dict(model.named_parameters()) | dict(model.named_buffers())
     assert list(after) == list(before) and all(after[k] is before[k] for k in before)
@@ -646,18 +764,18 @@ def test_accelerate_official_units(variant, gate):
 
 def test_accelerate_leaves_lookalikes():
     different = official("xUnit", product=False)
-    assert type(accelerate(different)) is type(different)
+    assert type(accelerate(different).model) is type(different)
     hooked = official("xUnit")
     hooked.features[1].register_forward_hook(lambda *_: None)
     conv = hooked.features[2]
-    assert accelerate(hooked) is hooked
+    assert accelerate(hooked).model is hooked
     assert type(hooked.features[2]) is DepthwiseConv2d and hooked.features[2].weight is conv.weight
     short = official("xUnit")
     del short.features[3]
-    assert accelerate(short) is short
+    assert accelerate(short).model is short
     extra = official("xUnit")
     extra.scale = nn.Parameter(torch.ones(()))
-    assert accelerate(extra) is extra
+    assert accelerate(extra).model is extra
 
 
 CONVS = {
@@ -672,7 +790,7 @@ CONVS = {
 def test_accelerate_depthwise(name):
     conv = copy.deepcopy(CONVS[name]).eval()
     conv.weight.requires_grad_(False)
-    new = accelerate(nn.Sequential(conv))[0]
+    new = accelerate(nn.Sequential(conv)).model[0]
     assert type(new) is DepthwiseConv2d and not new.training
     assert new.weight is conv.weight and new.bias is conv.bias
     x = image(2, 4, 9, 11).to(conv.weight.dtype)
@@ -686,7 +804,7 @@ def test_accelerate_keeps_types_that_only_torch_computes(dtype):
     conv.weight = nn.Parameter((conv.weight * 9).to(dtype), requires_grad=False)
     x = (image(1, 2, 5, 5) * 9).to(dtype)
     expected = conv(x)
-    new = accelerate(nn.Sequential(conv))[0]
+    new = accelerate(nn.Sequential(conv)).model[0]
     assert type(new) is DepthwiseConv2d
     assert torch.equal(new(x), expected)
     new.backend = "rust"
@@ -700,7 +818,7 @@ def test_accelerate_keeps_what_a_convolution_holds_besides():
     conv.act = nn.ReLU()
     conv.note = "mine"
     keys = list(conv.state_dict())
-    new = accelerate(nn.Sequential(conv))[0]
+    new = accelerate(nn.Sequential(conv)).model[0]
     assert type(new) is DepthwiseConv2d
     assert list(new.state_dict()) == keys and new.scale is conv.scale
     assert new.act is conv.act and new.note == "mine"
@@ -726,7 +844,7 @@ def test_accelerate_leaves_other_convolutions():
         Mine(4, 4, 3, groups=4),
         xUnit(4),
     ]
-    model = accelerate(nn.ModuleList(convs))
+    model = accelerate(nn.ModuleList(convs)).model
     assert all(a is b for a, b in zip(model, convs, strict=True))
     assert type(model[-1].features[2]) is nn.Conv2d
 
@@ -745,12 +863,166 @@ def test_accelerate_keeps_aliases_and_optimizers():
 
 def test_accelerate_the_model_itself():
     conv = nn.Conv2d(4, 4, 3, groups=4)
-    assert type(accelerate(conv)) is DepthwiseConv2d
-    assert type(accelerate(official("xUnitS"))) is xUnitS
+    assert type(accelerate(conv).model) is DepthwiseConv2d
+    assert type(accelerate(official("xUnitS")).model) is xUnitS
     unit = xUnit(3)
-    assert accelerate(unit) is unit
+    assert accelerate(unit).model is unit
 
 
 def test_accelerate_bad_model():
     with pytest.raises(TypeError, match="'net'"):
         accelerate("net")
+
+
+def test_accelerate_reports():
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 3, groups=4),
+        nn.Conv2d(4, 8, 3, groups=4),
+        nn.Sequential(official("xUnitS", channels=8), nn.Conv2d(8, 1, 1)),
+        official("xUnit", product=False),
+    )
+    report = accelerate(model)
+    # The convolution of a unit that is left is swapped by itself.
+    assert [tuple(swap) for swap in report] == [
+        ("0", "Conv2d", "DepthwiseConv2d", "swap", ""),
+        ("1", "Conv2d", "Conv2d", "leave", "8 output channels of 4"),
+        ("2.0", "xUnitS", "xUnitS", "swap", ""),
+        ("3", "xUnit", "xUnit", "leave", "it computes something else"),
+        ("3.features.2", "Conv2d", "DepthwiseConv2d", "swap", ""),
+    ]
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["name", "before", "after", "action", "reason"]
+    assert lines[1].split() == ["0", "Conv2d", "DepthwiseConv2d", "swap"] and len(lines) == 6
+    assert [swap.name for swap in accelerate(model)] == ["1", "3"]
+    assert not accelerate(nn.Sequential(nn.ReLU()))
+    assert str(accelerate(nn.Conv2d(2, 2, 3, groups=2))).split()[5] == "(model)"
+
+
+def test_accelerate_and_back():
+    conv = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+    model = nn.Sequential(
+        conv,
+        official("xUnit"),
+        official("xUnitD", gate="gaussian"),
+        DepthwiseConv2d(4, 3),
+        xUnit(4),
+        conv,
+    )
+    kinds = [type(m) for m in model.modules()]
+    keys, x = list(model.state_dict()), image(2, 4, 5, 6)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    accelerate(model)
+    assert {type(m) for m in model} == {DepthwiseConv2d, xUnit, modules.xUnitD}
+    # What happens to it meanwhile is not lost.
+    model(x).sum().backward()
+    optimizer.step()
+    model.double().eval()
+    model[2].features[1] = nn.SyncBatchNorm.convert_sync_batchnorm(model[2].features[1])
+    calls = []
+    model[1].register_forward_hook(lambda *_: calls.append(1))
+    x = x.double()
+    expected = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model[:1]))):
+        back = accelerate(twin, inverse=True)
+        assert type(twin[0]) is nn.Conv2d and back[0][:4] == (
+            "0",
+            "DepthwiseConv2d",
+            "Conv2d",
+            "swap",
+        )
+        assert twin[0].weight.dtype is torch.float64
+    report = accelerate(model, inverse=True)
+    assert report.model is model and [swap.name for swap in report] == ["0", "1", "2"]
+    assert model[0] is conv and model[5] is conv and list(model.state_dict()) == keys
+    after = [type(m) for m in model.modules()]
+    assert [k for k in after if k is not nn.SyncBatchNorm] == [
+        k for i, k in enumerate(kinds) if after[i] is not nn.SyncBatchNorm
+    ]
+    assert after.count(nn.SyncBatchNorm) == 1 and not any(m.training for m in model.modules())
+    calls.clear()
+    torch.testing.assert_close(model(x), expected)
+    assert calls == [1]
+    assert not accelerate(model, inverse=True)
+    again = [swap.name for swap in accelerate(model) if swap.action == "swap"]
+    assert again == ["0", "1.features.2", "2.features.3"]  # the hook and the norm are in the way
+    single = accelerate(accelerate(conv).model, inverse=True)
+    assert single.model is conv
+
+
+class Modulecell(nn.Module):
+    """As the cell of the official code of 2018."""
+
+    def __init__(self, inputs, channels, *, product=True, inplace=False):
+        super().__init__()
+        gaussian = type("Gaussian", (nn.Module,), {"forward": lambda _, x: torch.exp(-x * x)})
+        self.features = nn.Sequential(nn.Conv2d(inputs, channels, 3, padding=1))
+        self.module = nn.Sequential(
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=inplace),
+            nn.Conv2d(channels, channels, 9, padding=4, groups=channels),
+            nn.BatchNorm2d(channels),
+            gaussian(),
+        )
+        self.product = product
+
+    def forward(self, x):
+        x = self.features(x)
+        return x * self.module(x) if self.product else x + self.module(x)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_accelerate_the_cells_of_2018(inplace):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        Modulecell(3, 4, inplace=inplace),
+        nn.Sequential(nn.BatchNorm2d(4), Modulecell(4, 2, inplace=inplace)),
+    )
+    plain = copy.deepcopy(model)
+    before = dict(model.named_parameters()) | dict(model.named_buffers())
+    report = accelerate(model)
+    assert [tuple(swap) for swap in report] == [
+        ("0", "Modulecell", "Cell", "swap", ""),
+        ("1.1", "Modulecell", "Cell", "swap", ""),
+    ]
+    after = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert list(after) == list(before) and all(after[k] is before[k] for k in before)
+    assert "0.module.2.weight" in after
+    for unit in (model[0], model[1][1]):
+        assert modules.obstacle(unit) is None
+        unit.backend = "rust"
+    for training in (True, False):
+        grads = []
+        for m in (model.train(training), plain.train(training)):
+            m.zero_grad()
+            m(image()).square().sum().backward()
+            grads.append([p.grad for p in m.parameters()])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    for a, b in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    model[0].backend = model[1][1].backend = "auto"
+    expected = plain(image())
+    for other in (
+        copy.deepcopy(model),
+        torch.compile(model, backend="eager", fullgraph=True),
+        torch.export.export(model, (image(),)).module(),
+        torch.fx.symbolic_trace(model),
+    ):
+        torch.testing.assert_close(other(image()), expected)
+    assert {s.reason for s in find_relus(model, image())} == {"part of an xUnit"}
+    assert {s.reason for s in find_relus(plain, image())} == {"part of an xUnit"}
+    accelerate(model, inverse=True)
+    assert type(model[0]) is Modulecell and type(model[0].module[4]).__module__ == __name__
+    torch.testing.assert_close(model(image()), expected)
+
+
+def test_accelerate_leaves_other_cells():
+    (swap, inner) = accelerate(nn.Sequential(Modulecell(3, 4, product=False)))
+    assert swap == ("0", "Modulecell", "Modulecell", "leave", "it computes something else")
+    assert inner[:3] == ("0.module.2", "Conv2d", "DepthwiseConv2d")
+    other = Modulecell(3, 4)
+    del other.module[3]
+    assert [swap.name for swap in accelerate(other)] == ["module.2"]
+    hooked = Modulecell(3, 4)
+    hooked.module[1].register_forward_hook(lambda *_: None)
+    assert "hooks" in accelerate(hooked)[0].reason

@@ -106,6 +106,7 @@ def other_relu(module):
 
 
 def relu_in_place(module):
+    module.features[0] = nn.Identity()
     module.features[1].inplace = True
 
 

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +18,24 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from .modules import DepthwiseConv2d, Gaussian, _Base, _untouched, xUnit, xUnitD, xUnitS
+from ._fx import with_relu_modules
+from .modules import DepthwiseConv2d, Gaussian, _Base, _Cell, _untouched, xUnit, xUnitD, xUnitS
 
-__all__ = ["ReluSite", "ReluTable", "accelerate", "find_relus", "replace_relu"]
+__all__ = [
+    "ReluSite",
+    "ReluTable",
+    "Swap",
+    "SwapTable",
+    "accelerate",
+    "find_relus",
+    "replace_relu",
+]
 
 REUSED = ("split", "share", "skip", "error")
+VIA = ("modules", "fx")
 _UNITS: dict[str, type[_Base]] = {c.__name__: c for c in (xUnit, xUnitS, xUnitD)}
 _FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
+_FUNCTIONAL = "a functional relu: only nn.ReLU modules are replaced"
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
 
 
@@ -56,14 +67,45 @@ class ReluTable(list[ReluSite]):
             channels = "-" if site.channels is None else str(site.channels)
             name = site.name or "(model)"
             rows.append((name, str(site.call), shapes or "-", channels, site.action, site.reason))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-        return "\n".join(lines)
+        return _aligned(rows)
 
     __repr__ = __str__
 
 
-def find_relus(model: nn.Module, example_inputs: Any) -> ReluTable:
+class Swap(NamedTuple):
+    """One layer that :func:`accelerate` swapped, or left although it looks like one it swaps.
+
+    name: path of the layer; before, after: names of its classes, the same where it was left.
+    action: "swap" or "leave"; reason: why it was left.
+    """
+
+    name: str
+    before: str
+    after: str
+    action: str
+    reason: str
+
+
+class SwapTable(list[Swap]):
+    """A list of :class:`Swap` that prints as a table; `model` is the model that was changed."""
+
+    def __init__(self, swaps: Iterable[Swap], model: nn.Module) -> None:
+        super().__init__(swaps)
+        self.model = model
+
+    def __str__(self) -> str:
+        rows = [(s.name or "(model)", *s[1:]) for s in self]
+        return _aligned([("name", "before", "after", "action", "reason"), *rows])
+
+    __repr__ = __str__
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def find_relus(model: nn.Module, example_inputs: Any, *, via: str = "modules") -> ReluTable:
     """Every ReLU call of one forward pass of `model`, and what :func:`replace_relu` would do.
 
     example_inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword
@@ -71,8 +113,10 @@ def find_relus(model: nn.Module, example_inputs: Any) -> ReluTable:
     without gradients, hooks included: buffers, training flags and torch's random state stay as they
     are. A model with in-place ReLUs is copied and run again, to see whether it relies on what they
     do to their input, as ``x + conv(relu_(x))`` does: those are not converted.
+    via: as in :func:`replace_relu`.
     Raises TypeError for what is no model or no inputs, ValueError if the model does not run.
     """
+    model = _via(model, via)
     return ReluTable(site for _, sites in _plan(model, example_inputs) for site in sites)
 
 
@@ -84,6 +128,7 @@ def replace_relu(
     filter_fn: Callable[[ReluSite], bool] | None = None,
     reused: str = "split",
     inplace: bool = False,
+    via: str = "modules",
 ) -> Any:
     """`model` with ``unit(channels)`` in place of every nn.ReLU whose input is (N, C, H, W).
 
@@ -102,8 +147,14 @@ def replace_relu(
         "share"  one unit for all calls, if all have the same number of channels
         "skip"   it stays a ReLU
         "error"  ValueError
-    Raises as :func:`find_relus`, and ValueError if there is nothing to convert. Warns if functional
-    relus are left.
+    via: what becomes of functional relus (``F.relu``, ``torch.relu``, ``Tensor.relu``).
+        "modules"  they stay, and one warning says how many there are
+        "fx"       `torch.fx` rewrites them to nn.ReLU modules beforehand, which are then converted
+                   as any other. The result is a GraphModule of what one forward calls: modules that
+                   it does not call and methods are gone. Not with `inplace`; ValueError for what
+                   torch.fx cannot trace, for hooks on modules that it dissolves, and for a forward
+                   that differs between training and evaluation.
+    Raises as :func:`find_relus`, and ValueError if there is nothing to convert.
     """
     if not callable(unit):
         raise TypeError(f"unit must be a callable of the number of channels, not {unit!r}")
@@ -111,6 +162,9 @@ def replace_relu(
         raise TypeError(f"filter_fn must be a callable or None, not {filter_fn!r}")
     if reused not in REUSED:
         raise ValueError(f"reused must be one of {', '.join(REUSED)}, not {reused!r}")
+    if via == "fx" and inplace:
+        raise ValueError("via='fx' makes a new model: inplace=True is not possible")
+    model = _via(model, via)
     plan = []
     for slot, sites in _plan(model, example_inputs):
         sites = [_filtered(site, filter_fn) for site in sites]
@@ -138,49 +192,65 @@ def replace_relu(
             scope = target.get_submodule(slot.scope)
             scope.register_forward_pre_hook(new._enter)
             scope.register_forward_hook(new._leave, always_call=True)
-    left = sum(len(sites) for slot, sites in plan if slot is None)
+    left = sum(site.reason == _FUNCTIONAL for _, sites in plan for site in sites)
     if left:
         import warnings
 
+        remedy = "" if via == "fx" else "; via='fx' converts those that torch.fx can trace"
         warnings.warn(
-            f"{left} call(s) of a functional relu are left as they are: see find_relus",
+            f"{left} call(s) of a functional relu are left as they are: see find_relus{remedy}",
             stacklevel=2,
         )
     return target
 
 
-def accelerate(model: nn.Module) -> Any:
-    """`model` with our layers for its depthwise nn.Conv2d and for the xUnits of the official code.
+def accelerate(model: nn.Module, *, inverse: bool = False) -> SwapTable:
+    """Put our layers in place of the depthwise nn.Conv2d of `model` and of the official xUnits.
 
-    Changes `model` in place and returns it; if it is such a layer itself, returns ours. Parameters
-    and buffers are shared, not copied, so an optimizer made before still works. Depthwise: groups
-    = in_channels = out_channels, zero padding. Official: a class named xUnit, xUnitS or xUnitD
-    with the official `features`, that computes what ours does. Layers with hooks or
-    parametrizations are left alone. Raises TypeError for what is no model.
+    Changes `model` in place and returns what was swapped, and what was left and why, as a list that
+    prints as a table; its `model` is `model`, or our layer if `model` is such a layer itself.
+    Parameters and buffers are shared, not copied, so an optimizer made before still works, and keys
+    of the state dict stay.
+
+    Depthwise: groups = in_channels = out_channels, zero padding. Official: a class named xUnit,
+    xUnitS or xUnitD with the official `features` (2021), or a cell that multiplies what its
+    `features` give by what its `module`, the layers of an xUnit, makes of it (2018), that computes
+    what ours does. Layers with hooks or parametrizations are left alone.
+    inverse: put back the layers that an earlier call has taken out; parameters stay the same.
+    Raises TypeError for what is no model.
     """
     _check_model(model)
-    ours: dict[int, nn.Module | None] = {}
+    swaps: list[Swap] = []
+    done: dict[int, nn.Module] = {}
 
-    def swapped(module: nn.Module) -> nn.Module:
-        if id(module) not in ours:
-            ours[id(module)] = _faster(module)
-        return ours[id(module)] or module
+    def swapped(module: nn.Module, name: str) -> nn.Module:
+        if id(module) not in done:
+            new = _slower(module) if inverse else _faster(module)
+            done[id(module)] = new if isinstance(new, nn.Module) else module
+            kinds = type(module).__name__, type(done[id(module)]).__name__.lstrip("_")
+            if isinstance(new, str):
+                swaps.append(Swap(name, *kinds, "leave", new))
+            elif new is not None:
+                swaps.append(Swap(name, *kinds, "swap", ""))
+        return done[id(module)]
 
     visited: set[int] = set()
 
-    def visit(module: nn.Module) -> None:
+    def visit(module: nn.Module, name: str) -> None:
         # What a unit of ours or a ScriptModule is made of is run by it, not by itself.
-        if id(module) in visited or isinstance(module, (_Base, torch.jit.ScriptModule)):
+        if id(module) in visited or isinstance(module, torch.jit.ScriptModule):
             return
         visited.add(id(module))
         for attribute, child in module._modules.items():
-            if child is not None:
-                new = module._modules[attribute] = swapped(child)
-                visit(new)
+            gate = isinstance(module, _Base) and attribute == module._body
+            if child is not None and not gate:
+                path = f"{name}.{attribute}".lstrip(".")
+                new = module._modules[attribute] = swapped(child, path)
+                visit(new, path)
 
-    top = swapped(model)
-    visit(top)
-    return top
+    top = swapped(model, "")
+    visit(top, "")
+    return SwapTable(swaps, top)
 
 
 # ---------------------------------------------------------------- what was called
@@ -261,7 +331,7 @@ def _plan(model: nn.Module, example_inputs: Any) -> Iterator[tuple[_Slot | None,
     probed = _deepcopy(model, dict(memo)).eval()
 
     slots: list[tuple[str, str, nn.Module, str]] = []
-    units = {id(m) for u in probed.modules() if _is_unit(u) for m in u.modules()}
+    units = {id(m) for u in probed.modules() for m in _gate_of(u)}
     for path, parent in list(probed.named_modules()):
         for attribute, child in parent._modules.items():
             if isinstance(child, torch.jit.ScriptModule):
@@ -312,8 +382,7 @@ def _plan(model: nn.Module, example_inputs: Any) -> Iterator[tuple[_Slot | None,
             reason = reason or "not called in the example run, in evaluation mode"
             yield slot, [ReluSite(name, (), None, "skip", reason)]
     for name, x in probe.functional:
-        reason = "a functional relu: only nn.ReLU modules are replaced"
-        yield None, [ReluSite(name, (_shape(x),), _channels(x), "skip", reason)]
+        yield None, [ReluSite(name, (_shape(x),), _channels(x), "skip", _FUNCTIONAL)]
 
 
 def _run(
@@ -455,6 +524,15 @@ def _channels(x: _Seen | None) -> int | None:
 
 def _describe(x: Any) -> str:
     return str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x)
+
+
+def _via(model: nn.Module, via: str) -> nn.Module:
+    if via not in VIA:
+        raise ValueError(f"via must be one of {', '.join(VIA)}, not {via!r}")
+    if via == "modules":
+        return model
+    _check_model(model)
+    return with_relu_modules(model)
 
 
 def _check_model(model: Any) -> None:
@@ -607,29 +685,70 @@ def _is_unit(module: nn.Module) -> bool:
     )
 
 
-def _faster(module: nn.Module) -> nn.Module | None:
-    """Our layer with the parameters of `module`, or None if there is none."""
-    if _plain(module, nn.Conv2d):
+def _is_cell(module: nn.Module) -> bool:
+    """Whether it is built as the cells of the official code of 2018, whatever its name."""
+    if isinstance(module, (_Base, torch.jit.ScriptModule)):
+        return False
+    if set(module._modules) != {"features", "module"}:
+        return False
+    features, gate = module.features, module.module
+    if type(features) is not nn.Sequential or type(gate) is not nn.Sequential:
+        return False
+    kinds = [type(m).__name__ for m in gate]
+    norms = ("BatchNorm2d", "Identity")
+    return (
+        len(kinds) == 5
+        and kinds[0] in norms
+        and kinds[1:3] == ["ReLU", "Conv2d"]
+        and kinds[3] in norms
+        and kinds[4] in ("Gaussian", "Sigmoid")
+    )
+
+
+def _gate_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that compute the gate, if it is a unit or a cell."""
+    if _is_cell(module) or isinstance(module, _Cell):
+        yield from module.get_submodule("module").modules()
+    elif _is_unit(module):
+        yield from module.modules()
+
+
+def _faster(module: nn.Module) -> nn.Module | str | None:
+    """Our layer with the parameters of `module`, why there is none, or None for other layers."""
+    if isinstance(module, (_Base, DepthwiseConv2d, torch.jit.ScriptModule)):
+        return None
+    if isinstance(module, nn.Conv2d):
         return _faster_convolution(module)
-    if _is_unit(module) and not isinstance(module, _Base) and _plain(module, type(module)):
+    if _is_unit(module) or _is_cell(module):
         return _faster_unit(module)
     return None
 
 
-def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def _kept(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """What a swap would lose of `module`."""
     state_hooks = (
         module._state_dict_hooks,
         module._state_dict_pre_hooks,
         module._load_state_dict_pre_hooks,
         module._load_state_dict_post_hooks,
     )
-    return _untouched(module, kind) and not any(state_hooks)
+    if type(module) is not kind:
+        return f"{type(module).__name__}, not {kind.__name__}"
+    if not _untouched(module, kind) or any(state_hooks):
+        return f"{kind.__name__} has hooks or a forward of its own"
+    return None
 
 
-def _faster_convolution(conv: Any) -> nn.Module | None:
-    depthwise = conv.groups == conv.in_channels == conv.out_channels
-    if not depthwise or conv.padding_mode != "zeros":
+def _faster_convolution(conv: Any) -> nn.Module | str | None:
+    if conv.groups != conv.in_channels or (conv.groups == 1 and conv.out_channels != 1):
         return None
+    if conv.groups != conv.out_channels:
+        return f"{conv.out_channels} output channels of {conv.in_channels}"
+    if conv.padding_mode != "zeros":
+        return f"{conv.padding_mode} padding"
+    lost = _kept(conv, nn.Conv2d)
+    if lost is not None:
+        return lost
     new = DepthwiseConv2d(
         conv.in_channels,
         conv.kernel_size,
@@ -640,41 +759,49 @@ def _faster_convolution(conv: Any) -> nn.Module | None:
         device="meta",
     )
     # All it has, the user's own attributes, buffers and modules included.
-    new.__dict__.update(conv.__dict__, backend=new.backend)
+    new.__dict__.update(conv.__dict__, backend=new.backend, _swapped_for=(conv,))
     return new
 
 
-def _faster_unit(unit: Any) -> nn.Module | None:
-    features = unit.features
-    if unit._parameters or unit._buffers or set(unit._modules) != {"features"}:
-        return None
-    if not all(_plain(child, type(child)) for child in unit.modules()):
-        return None
-    convs = [m for m in features if isinstance(m, nn.Conv2d)]
+def _faster_unit(unit: Any) -> nn.Module | str:
+    cell = _is_cell(unit)
+    kind = _Cell if cell else _UNITS[type(unit).__name__]
+    gate: Any = getattr(unit, kind._body)
+    if unit._parameters or unit._buffers or not (cell or set(unit._modules) == {"features"}):
+        return f"it holds more than {kind._body}"
+    for m in (unit, gate, *gate):
+        lost = _kept(m, type(m))
+        if lost is not None:
+            return lost
+    convs = [m for m in gate if isinstance(m, nn.Conv2d)]
     if not convs:
-        return None
-    children = list(features)
+        return f"{kind._body} has no convolution"
+    children = list(gate)
     last = children[-1]
     if type(last).__name__ == "Gaussian" and not last._parameters:  # of the official code
         children[-1] = Gaussian().train(last.training)
-    channels = convs[-1].out_channels
-    new = _UNITS[type(unit).__name__](channels, device="meta")
-    new.features = nn.Sequential(*children).train(features.training)
-    if isinstance(new._parts(), str) or not _equal(unit, new, convs[-1].weight):
-        return None
+    new = kind(convs[-1].out_channels, device="meta")
+    new.__dict__.update(unit.__dict__, num_features=new.num_features, backend=new.backend)
+    new._modules = {**unit._modules, kind._body: nn.Sequential(*children).train(gate.training)}
+    parts = new._parts()
+    if isinstance(parts, str):
+        return parts
+    heads = [m for m in unit.features.modules() if isinstance(m, nn.Conv2d)] if cell else convs[-1:]
+    if not heads or not _equal(unit, new, heads[0].in_channels, convs[-1].weight):
+        return "it computes something else"
     # The user's own Sequential, where it holds the same modules, as others may refer to it.
-    if all(a is b for a, b in zip(features, children, strict=True)):
-        new.features = features
-    new.training = unit.training
+    if all(a is b for a, b in zip(gate, children, strict=True)):
+        new._modules[kind._body] = gate
+    new.__dict__["_swapped_for"] = (unit,)
     return new
 
 
-def _equal(unit: nn.Module, new: _Base, weight: Tensor) -> bool:
+def _equal(unit: nn.Module, new: _Base, channels: int, like: Tensor) -> bool:
     """Whether both compute the same: the name of a class says little about its forward."""
     flags = {m: m.training for part in (unit, new) for m in part.modules()}
-    shape = (2, weight.shape[0], 3, 5)
-    n = 30 * weight.shape[0]
-    x = torch.linspace(-2, 2, n, device=weight.device, dtype=weight.dtype).reshape(shape)
+    shape = (2, channels, 11, 13)
+    n = 2 * channels * 11 * 13
+    x = torch.linspace(-2, 2, n, device=like.device, dtype=like.dtype).reshape(shape)
     backend, new.backend = new.backend, "torch"
     try:
         unit.eval()
@@ -687,3 +814,25 @@ def _equal(unit: nn.Module, new: _Base, weight: Tensor) -> bool:
         new.backend = backend
         for module, training in flags.items():
             module.training = training
+
+
+def _slower(module: Any) -> nn.Module | None:
+    """What :func:`_faster` made `module` of, with what became of it since; or None."""
+    (old,) = module.__dict__.get("_swapped_for", (None,))
+    if old is None or not isinstance(module, (_Base, DepthwiseConv2d)):
+        return None
+    own = {k: v for k, v in module.__dict__.items() if k not in ("backend", "_swapped_for")}
+    if isinstance(module, _Base):
+        del own["num_features"]
+        gate: Any = module._modules[module._body]
+        new: Any = old._modules[module._body]
+        if gate is not new and isinstance(gate, nn.Sequential) and len(gate) == len(new):
+            # Our own Sequential, for our Gaussian in place of the official one.
+            for name, child in gate._modules.items():
+                if type(child) is not Gaussian:
+                    new._modules[name] = child
+            new.training = new[-1].training = gate.training
+            gate = new
+        own["_modules"] = {**module._modules, module._body: gate}
+    old.__dict__.update(own)
+    return old

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.parameter import is_lazy
 
 from . import _autograd, functional
 from .reference import BatchNormState
@@ -95,6 +96,8 @@ class _Base(nn.Module):
     # Which slots of `features` hold what; the order and so the keys are the official ones.
     _variant: ClassVar[str]
     _slots: ClassVar[tuple[str, ...]]
+    # The nn.Sequential that computes the gate.
+    _body: ClassVar[str] = "features"
 
     def __init__(
         self,
@@ -155,7 +158,7 @@ class _Base(nn.Module):
     def _dispatch(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):  # torch.fx hands in its Proxy
             _autograd.refuse(self.backend, f"the input is a {type(x).__name__}")
-            return x * self.features(x)
+            return x * getattr(self, self._body)(x)
         if x.dim() != 4 or x.shape[1] != self.num_features:
             raise ValueError(
                 f"expected an input of shape (N, {self.num_features}, H, W), not {tuple(x.shape)}"
@@ -163,12 +166,12 @@ class _Base(nn.Module):
         if not x.is_floating_point():
             raise TypeError(f"the input must be floating point, not {x.dtype}")
         if self.backend == "torch":
-            return x * self.features(x)
+            return x * getattr(self, self._body)(x)
         parts = self._parts()
         if isinstance(parts, str):
             _autograd.check_backend(self.backend)
             _autograd.refuse(self.backend, parts)
-            return x * self.features(x)
+            return x * getattr(self, self._body)(x)
         gate, parameters, norms, training = parts
         return _autograd.xunit(
             self._variant,
@@ -177,7 +180,7 @@ class _Base(nn.Module):
             norms,
             training,
             self.backend,
-            lambda: x * self.features(x),
+            lambda: x * getattr(self, self._body)(x),
         )
 
     def _parts(self) -> str | tuple[str, Any, Any, Any]:
@@ -187,12 +190,12 @@ class _Base(nn.Module):
         """
         if _has_any_global_hook():
             return "a global module hook is registered"
-        features = self._modules["features"]
+        features = self._modules[self._body]
         if not _untouched(features, nn.Sequential):
-            return "features is not a plain nn.Sequential"
+            return f"{self._body} is not a plain nn.Sequential"
         children = list(features._modules.values())  # type: ignore[union-attr]
         if len(children) != len(self._slots):
-            return f"features has {len(children)} layers, not {len(self._slots)}"
+            return f"{self._body} has {len(children)} layers, not {len(self._slots)}"
 
         gate = ""
         conv: dict[str, tuple[Tensor | None, Tensor | None]] = {"pw": (None, None)}
@@ -206,9 +209,11 @@ class _Base(nn.Module):
                 else:
                     return _changed(slot, child)
             elif slot == "relu":
-                # In place it would change x itself, which the product then sees.
-                if not _untouched(child, nn.ReLU) or child.inplace:  # type: ignore[union-attr]
+                if not _untouched(child, nn.ReLU):
                     return _changed(slot, child)
+                # Without a BN before it, it would change x itself, which the product then sees.
+                if child.inplace and norm["bn1"][0] is None:  # type: ignore[union-attr]
+                    return "the ReLU works in place on the input"
             elif slot == "gate":
                 if _untouched(child, nn.Sigmoid):
                     gate = "sigmoid"
@@ -283,6 +288,48 @@ class xUnitD(_Base):
 
     _variant = "dense"
     _slots = ("pw", "bn1", "relu", "dw", "bn2", "gate")
+
+
+class _Cell(xUnit):
+    """The cell of the official code of 2018, ``h · module(h)`` of ``h = features(x)``.
+
+    Made by :func:`accelerate` only: `module` holds the layers of an :class:`xUnit`.
+    """
+
+    _body = "module"
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.features(x)
+        if torch.jit.is_scripting():
+            return h * self.module(h)  # type: ignore[operator]
+        else:
+            return self._dispatch(h)
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why `module`, one of ours, would not run the Rust kernels, or None if it would.
+
+    For inputs of the device and dtype of its weight, in the state of the interpreter as it is.
+    """
+    assert isinstance(module, (_Base, DepthwiseConv2d))
+    if module.backend == "torch":
+        return "backend='torch'"
+    norms: list[Tensor | None] = []
+    if isinstance(module, _Base):
+        parts = module._parts()
+        if isinstance(parts, str):
+            return parts
+        _, parameters, states, _ = parts
+        norms = [t for state in states if state is not None for t in state[:4]]
+    else:
+        if module.padding_mode != "zeros":
+            return f"{module.padding_mode} padding"
+        parameters = (module.weight, module.bias)
+    weight = next(t for t in reversed(parameters) if t is not None and t.dim() == 4)
+    if is_lazy(weight):
+        return "the weight is not initialized"
+    x = torch.empty((1, weight.shape[0], 1, 1), dtype=weight.dtype, device=weight.device)
+    return _autograd._obstacle(x, parameters, norms, torch.compiler.is_compiling())
 
 
 def _integer(name: str, value: Any) -> int:
