@@ -8,8 +8,10 @@ import functools
 import io
 import itertools
 import pickle
+import re
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -378,6 +380,37 @@ def test_filter_of_single_calls():
     assert new(image()).shape == (2, 6, 5, 6)
 
 
+def test_filter_may_ask_for_relu6_and_subclasses():
+    class Mine(nn.ReLU):
+        pass
+
+    class Clipped(Reused):
+        def __init__(self):
+            super().__init__()
+            self.relu = nn.ReLU6(inplace=True)
+
+    model = nn.Sequential(Clipped(), Mine(), nn.ReLU(), nn.Flatten(), nn.ReLU6())
+    heard = []
+    model[0].relu.register_forward_hook(lambda *_: heard.append(1))
+    asked = []
+
+    def two(site):
+        asked.append((site.name, site.action))
+        return site.name == "1" or site.call == 2
+
+    new = replace_relu(model, image(), filter_fn=two)
+    assert sorted(asked) == [*[("0.relu", "skip")] * 3, ("1", "skip"), ("2", "convert")]
+    assert [type(m) for m in new[0].relu] == [nn.ReLU6, nn.ReLU6, xUnit]
+    assert type(new[1]) is xUnit and [type(m) for m in new[2:]] == [type(m) for m in model[2:]]
+    heard.clear()
+    new(image())
+    assert heard == [1, 1, 1]
+    used = InPlace(USES["pre-activation"])
+    used.relu = nn.ReLU6(inplace=True)
+    sites = {s.name: s.reason for s in find_relus(used, image())}
+    assert sites["relu"] == "its in-place effect is used"
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtype_and_training(dtype):
     new = replace_relu(simple().to(dtype), image().to(dtype))
@@ -724,6 +757,18 @@ def test_script_modules():
 
 
 # ---------------------------------------------------------------- accelerate
+
+
+def test_the_example_of_the_readme(capsys):
+    readme = Path(__file__).parents[1] / "README.md"
+    blocks = re.findall(r"^```python\n(.*?)^```$", readme.read_text("utf-8"), re.M | re.S)
+    names: dict = {}
+    for block in blocks:
+        if "replace_relu" in block or "accelerate" in block:
+            exec(block, names)
+    out = capsys.readouterr().out
+    assert "DepthwiseConv2d" in out and "rust" in out
+    assert type(names["model"][1]) is nn.Conv2d
 
 
 def official(variant, channels=4, gate="sigmoid", product=True):

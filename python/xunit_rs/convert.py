@@ -8,6 +8,7 @@ from . import _torch  # noqa: F401
 import contextlib
 import copy
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ VIA = ("modules", "fx")
 _UNITS: dict[str, type[_Base]] = {c.__name__: c for c in (xUnit, xUnitS, xUnitD)}
 _FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _FUNCTIONAL = "a functional relu: only nn.ReLU modules are replaced"
+_OTHER_KIND = ", not nn.ReLU"
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
 
 
@@ -134,7 +136,8 @@ def replace_relu(
 
     The result is a deep copy, or `model` itself if `inplace`. Units take over training flag,
     device, dtype and hooks of their ReLU. `filter_fn` is asked about each site that would be
-    converted; those it answers with False stay.
+    converted, and those it answers with False stay; and about each nn.ReLU6 and subclass of
+    nn.ReLU, which are not converted otherwise: `site.action` of these is "skip".
 
     reused: what becomes of a ReLU that one forward calls several times.
         "split"  each call has a unit of its own, told apart by the order of the calls, which must
@@ -179,7 +182,8 @@ def replace_relu(
     made = []
     for slot, sites in plan:
         if slot is not None and any(site.action == "convert" for site in sites):
-            made.append((slot, _replacement(slot, sites, unit, shared=reused == "share")))
+            relu = model.get_submodule(slot.parent)._modules[slot.attribute]
+            made.append((slot, _replacement(slot, sites, unit, relu, shared=reused == "share")))
     target = model if inplace else _deepcopy(model, {})
     for slot, new in made:
         parent = target.get_submodule(slot.parent)
@@ -261,7 +265,6 @@ class _Slot(NamedTuple):
 
     parent: str
     attribute: str
-    inplace: bool
     # Innermost module whose one forward makes all the calls.
     scope: str
     # Of the input of each call.
@@ -344,7 +347,7 @@ def _plan(model: nn.Module, example_inputs: Any) -> Iterator[tuple[_Slot | None,
                 if id(parent) in units:
                     reason = "part of an xUnit"
                 elif type(child) is not nn.ReLU:
-                    reason = f"{type(child).__name__}, not nn.ReLU"
+                    reason = type(child).__name__ + _OTHER_KIND
                 # One object in several places becomes several, so that each counts its own calls.
                 child = parent._modules[attribute] = copy.copy(child)
                 child._forward_pre_hooks = child._forward_pre_hooks.copy()
@@ -357,7 +360,7 @@ def _plan(model: nn.Module, example_inputs: Any) -> Iterator[tuple[_Slot | None,
     inplace = [
         (path, attribute)
         for path, attribute, relu, reason in slots
-        if not reason and getattr(relu, "inplace", False)
+        if (not reason or reason.endswith(_OTHER_KIND)) and getattr(relu, "inplace", False)
     ]
     untouched = _deepcopy(probed, dict(memo)) if inplace else probed
     probe = _Probe(probed, relus)
@@ -375,7 +378,7 @@ def _plan(model: nn.Module, example_inputs: Any) -> Iterator[tuple[_Slot | None,
             reason = "its in-place effect is used"
         scope = _scope(calls, probe.names)
         options = tuple(_options(call.input, model) for call in calls)
-        slot = _Slot(path, attribute, bool(getattr(relu, "inplace", False)), scope, options)
+        slot = _Slot(path, attribute, scope, options)
         if calls:
             yield slot, [_site(name, c.input, reason, i, len(calls)) for i, c in enumerate(calls)]
         else:
@@ -422,7 +425,7 @@ def _used_in_place(
         twin = _deepcopy(model, {})  # with its own parameters, should one of them be the input
         for path, attribute in spoiled:
             relu: Any = twin.get_submodule(path)._modules[attribute]
-            relu.forward = _relu_and_spoil
+            relu.forward = functools.partial(_run_and_spoil, relu)
         try:
             return _same(_run(twin, args, kwargs, contextlib.nullcontext()), expected)
         except ValueError:  # ran before, and stumbles over NaN
@@ -434,8 +437,8 @@ def _used_in_place(
     return {site for site in sites if not harmless([site])}
 
 
-def _relu_and_spoil(x: Tensor) -> Tensor:
-    out = torch.relu(x)
+def _run_and_spoil(relu: nn.Module, x: Tensor) -> Tensor:
+    out: Tensor = type(relu).forward(relu, x.clone())
     if x.is_floating_point():
         x.fill_(torch.nan)
     return out
@@ -458,7 +461,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def _site(name: str, x: _Seen | None, reason: str, call: int, calls: int) -> ReluSite:
     shapes = (_shape(x),)
-    if not reason:
+    if not reason or reason.endswith(_OTHER_KIND):
         if x is None or len(x.shape) != 4:
             reason = "the input is not 4-dimensional (N, C, H, W)"
         elif not x.dtype.is_floating_point:
@@ -617,8 +620,12 @@ def _in_backward() -> bool:
 
 
 def _filtered(site: ReluSite, filter_fn: Callable[[ReluSite], bool] | None) -> ReluSite:
-    if site.action == "convert" and filter_fn is not None and not filter_fn(site):
+    if filter_fn is None:
+        return site
+    if site.action == "convert" and not filter_fn(site):
         return site._replace(action="skip", reason="filter_fn")
+    if site.reason.endswith(_OTHER_KIND) and filter_fn(site):
+        return site._replace(action="convert", reason="filter_fn")
     return site
 
 
@@ -641,11 +648,19 @@ def _reuse(sites: list[ReluSite], reused: str) -> list[ReluSite]:
 
 
 def _replacement(
-    slot: _Slot, sites: list[ReluSite], unit: Callable[[int], nn.Module], *, shared: bool
+    slot: _Slot,
+    sites: list[ReluSite],
+    unit: Callable[[int], nn.Module],
+    relu: Any,
+    *,
+    shared: bool,
 ) -> nn.Module:
     def make(site: ReluSite) -> nn.Module:
         if site.action != "convert":
-            return nn.ReLU(slot.inplace)
+            kept: nn.Module = copy.copy(relu)
+            for name in _HOOKS:  # what takes its place has them
+                setattr(kept, name, type(getattr(relu, name))())
+            return kept
         assert site.channels is not None
         new = unit(site.channels)
         if not isinstance(new, nn.Module):
@@ -657,17 +672,20 @@ def _replacement(
     return _PerCall([make(site) for site in sites])
 
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
 def _move_hooks(old: nn.Module, new: nn.Module) -> None:
     """The very dictionaries, so that the handles of the hooks still remove them."""
-    for name in (
-        "_forward_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-        "_forward_pre_hooks",
-        "_forward_pre_hooks_with_kwargs",
-        "_backward_hooks",
-        "_backward_pre_hooks",
-    ):
+    for name in _HOOKS:
         hooks = getattr(old, name)
         hooks.update(getattr(new, name))
         setattr(new, name, hooks)
