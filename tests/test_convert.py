@@ -9,6 +9,7 @@ import io
 import itertools
 import pickle
 import re
+import runpy
 import threading
 import warnings
 from pathlib import Path
@@ -702,6 +703,28 @@ def test_compiles_without_graph_breaks():
         torch.testing.assert_close(compiled(image()), new(image()))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports(strict):
+    new = replace_relu(Net(), image()).eval()
+    program = torch.export.export(new, (image(),), strict=strict)
+    torch.testing.assert_close(program.module()(image()), new(image()))
+    assert "aten.convolution" in str(program.graph) or "conv2d" in str(program.graph)
+
+
+def test_maps_of_one_pixel_with_batch_norm():
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.ReLU())
+    new = replace_relu(model, image(), unit=functools.partial(xUnit, batch_norm=True))
+    assert new(image()).shape == (2, 3, 1, 1)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        new(image()[:1])
+    assert new.eval()(image()[:1]).isfinite().all()
+
+
+def test_unbatched_images_are_left():
+    sites = find_relus(simple(), image(3, 5, 6))
+    assert [s.action for s in sites] == ["skip"] and "4-dimensional" in sites[0].reason
+
+
 def test_hooks_carry_over():
     model = simple()
     calls = []
@@ -754,6 +777,23 @@ def test_script_modules():
         find_relus(script, image())
     sites = find_relus(nn.Sequential(script, nn.ReLU()), image())
     assert {s.name: s.action for s in sites} == {"0.1": "skip", "1": "convert"}
+
+
+# ---------------------------------------------------------------- real models
+
+
+def test_the_page_of_models_is_that_of_the_tool():
+    root = Path(__file__).parents[1]
+    tool = runpy.run_path(str(root / "tools" / "real_models.py"))
+    page = (root / "docs" / "models.md").read_text("utf-8")
+    assert page.startswith(tool["HEAD"])
+    rows = [line.split(" | ") for line in page[len(tool["HEAD"]) :].splitlines()]
+    names = [row[0].removeprefix("| ").removesuffix(", via fx") for row in rows]
+    assert names == [name.replace("/", " ") for name in tool["MODELS"]]
+    for _, calls, converted, left, swapped, apart, exported, _ in rows:
+        assert (left == "-") == (calls == converted)
+        assert int(converted) + int(swapped) > 0
+        assert float(apart) <= 1e-4 and exported == "both"
 
 
 # ---------------------------------------------------------------- accelerate
@@ -1059,6 +1099,15 @@ def test_accelerate_the_cells_of_2018(inplace):
     accelerate(model, inverse=True)
     assert type(model[0]) is Modulecell and type(model[0].module[4]).__module__ == __name__
     torch.testing.assert_close(model(image()), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_accelerated_models_script_and_trace():
+    model = nn.Sequential(Modulecell(3, 4), nn.Conv2d(4, 4, 3, groups=4)).eval()
+    accelerate(model)
+    expected = model(image())
+    torch.testing.assert_close(torch.jit.script(model)(image()), expected)
+    torch.testing.assert_close(torch.jit.trace(model, image())(image()), expected)
 
 
 def test_accelerate_leaves_other_cells():

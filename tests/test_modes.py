@@ -423,7 +423,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from xunit_rs import DepthwiseConv2d, replace_relu, xUnit, xUnitD, xUnitS
+from xunit_rs import DepthwiseConv2d, accelerate, replace_relu, xUnit, xUnitD, xUnitS
 
 kind, rank, store = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
@@ -455,6 +455,13 @@ if kind == "fsdp":
     wrapped = fully_shard(net, mesh=mesh)
 else:
     wrapped = DistributedDataParallel(net)
+    for convert in (accelerate, lambda m: replace_relu(m, x)):
+        try:
+            convert(wrapped)
+        except TypeError as error:
+            assert "before it is wrapped in DistributedDataParallel" in str(error)
+        else:
+            raise AssertionError("converted what is wrapped already")
 wrapped(half).square().mean().backward()
 # A BatchNorm sees its own half: then the single process takes the halves in turn.
 for part in (x[:2], x[2:]) if bn else (x,):

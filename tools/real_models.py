@@ -92,16 +92,15 @@ def step(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def difference(ours: nn.Module, plain: nn.Module, images: torch.Tensor) -> float:
     """The largest relative difference of a parameter's gradient, both in float64."""
-    pair = [m.double() for m in (ours, plain)]
-    for m in pair:
+    found = []
+    for m in (ours, plain):  # in turn, as VGG in float64 is large
+        m.double()
         torch.manual_seed(0)
         if not step(m, images.double()).isfinite().all():
             raise ValueError("the output is not finite")
-    grads = [
-        (a.grad, b.grad)
-        for a, b in zip(pair[0].parameters(), pair[1].parameters(), strict=True)
-        if a.grad is not None and b.grad is not None
-    ]
+        found.append([p.grad for p in m.parameters()])
+        m.to("meta")
+    grads = [(a, b) for a, b in zip(*found, strict=True) if a is not None and b is not None]
     # What is zero but for rounding, as that of a bias before a batch norm, has no scale of its own.
     least = 1e-6 * max(b.abs().max().item() for _, b in grads)
     return max(((a - b).abs().max() / b.abs().max().clamp_min(least)).item() for a, b in grads)
@@ -146,6 +145,7 @@ def sites(name: str) -> str:
     exported = "-"
     if exports(model, images):
         exported = "both" if exports(new, images) else "only before"
+    del model
     twin = plain_twin(new.train())
     apart = difference(new, twin, images) if converted or swapped else None
     row = (
