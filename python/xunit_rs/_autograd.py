@@ -546,8 +546,8 @@ def _unit_forward(
             running = (*map(_to_write, follow), weight_of_batch)
         norms.append((*affine, *map(_to_write, found), bn.eps, True, running))
         statistics.append(found)
-    given = all(bn is None or bn.mean is not None for bn in call.norms)
-    if not save and given and _evaluates_channels_last(x):
+    evaluates = all(bn is None or bn.mean is not None for bn in call.norms)
+    if not save and evaluates and _evaluates_channels_last(x):
         out = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
         _core.xunit_evaluate_channels_last(
             call.variant,
