@@ -463,3 +463,71 @@ def test_strength_blends() -> None:
     for strength in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match=f"{strength}"):
             Denoiser(network, strength=strength)
+
+
+def test_progress_goes_from_plane_to_plane() -> None:
+    class Telling(FakeNetwork):
+        def denoise(self, image: Any, tile: int, threads: int, progress: Any = None) -> Any:
+            for share in (0.5, 1.0):
+                progress(share)
+            return super().denoise(image, tile, threads)
+
+    for shape, expected in (((4, 4), [1 / 2, 1]), ((4, 4, 3), [i / 6 for i in range(1, 7)])):
+        told: list[float] = []
+        Denoiser(Telling())(RNG.random(shape), progress=told.append)
+        np.testing.assert_allclose(told, expected)
+
+    def stop(share: float) -> None:
+        raise KeyboardInterrupt
+
+    network = Denoiser.from_pretrained(DEFAULT_MODEL)
+    told = []
+    network(np.zeros((64, 64), np.uint8), progress=told.append)
+    assert told == sorted(told) and told[-1] == 1
+    with pytest.raises(KeyboardInterrupt):
+        network(np.zeros((64, 64), np.uint8), progress=stop)
+
+
+def test_equal_planes_are_a_grey_image() -> None:
+    grey = RNG.random((6, 5)).astype(np.float32)
+    network = FakeNetwork(shift=0.1)
+    result = Denoiser(network, strength=0.5)(np.stack([grey] * 3, axis=-1))
+    np.testing.assert_array_equal(network.calls[0][0][0], grey)
+    assert len(network.calls) == 1
+    np.testing.assert_allclose(result, np.stack([grey + 0.05] * 3, axis=-1), atol=1e-6)
+
+
+def test_compare_shows_before_after_and_difference(tmp_path: Path) -> None:
+    noisy = np.clip(128 + 20 * RNG.standard_normal((260, 300)), 0, 255).astype(np.uint8)
+
+    class Flat(FakeNetwork):
+        def denoise(self, image: Any, tile: int, threads: int, progress: Any = None) -> Any:
+            return np.full_like(image, 128 / 255)
+
+    denoiser = Denoiser(Flat())
+    shown = denoiser.compare(noisy)
+    assert (shown.mode, shown.size) == ("RGB", (3 * 300 + 16, 260 + 48))
+    pixels = np.asarray(shown)[48:]
+    np.testing.assert_array_equal(pixels[:, :300, 0], noisy)
+    assert (pixels[:, 308:608] == 128).all()
+    expected = np.clip(127.5 + 4 * (128.0 - noisy), 0, 255)
+    assert np.abs(pixels[:, 616:, 1] - expected).max() <= 1
+    assert float(shown.info["sigma before"]) == pytest.approx(20, abs=1)
+    assert shown.info["sigma after"] == "0.0"
+    assert float(shown.info["rms"]) == pytest.approx(20, abs=1)
+    assert (np.asarray(shown)[:48] == 0).any()  # the captions
+    Image.fromarray(noisy).save(tmp_path / "a.png")
+    wide = noisy.astype(np.uint16) * 257
+    for image in (tmp_path / "a.png", Image.fromarray(noisy), wide, noisy / 255):
+        assert np.abs(np.asarray(denoiser.compare(image)).astype(int) - np.asarray(shown)).max() < 2
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 900), (5, 7, 4), (900, 850, 3), (6, 5, 2)])
+def test_compare_of_any_size(shape: tuple[int, ...]) -> None:
+    shown = Denoiser(FakeNetwork(shift=0.1)).compare(random_image(shape, "uint8"))
+    columns, rows = min(shape[1], 800), min(shape[0], 800)
+    zoom = max(1, -(-240 // columns))
+    assert shown.size == (3 * zoom * columns + 16, zoom * rows + 48)
+    assert (shown.info["sigma before"] == "unknown") == (min(shape[:2]) < 3)
+    with pytest.raises(TypeError, match="list"):
+        Denoiser(FakeNetwork()).compare([[0.0]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -14,7 +15,7 @@ from PIL import Image
 
 from . import images
 
-__all__ = ["DEFAULT_MODEL", "Denoiser", "find_weights", "pretrained_names"]
+__all__ = ["DEFAULT_MODEL", "Denoiser", "find_weights", "integer_scale", "pretrained_names"]
 
 DEFAULT_MODEL = "gray-sigma25"
 
@@ -39,6 +40,7 @@ _OPPONENT: npt.NDArray[np.float32] = np.array(
 )
 
 FloatArray = npt.NDArray[np.float32]
+Progress = Callable[[float], object]
 
 
 class Network(Protocol):
@@ -47,7 +49,13 @@ class Network(Protocol):
     @property
     def channels(self) -> int: ...
 
-    def denoise(self, image: FloatArray, tile: int, threads: int) -> FloatArray: ...
+    def denoise(
+        self,
+        image: FloatArray,
+        tile: int,
+        threads: int,
+        progress: Progress | None = None,
+    ) -> FloatArray: ...
 
 
 def _weights_folder() -> Path:
@@ -74,12 +82,13 @@ class Denoiser:
 
     Colour with a network of one channel: about grey, RGB is turned into luminance and two
     opponent colours by an orthogonal matrix A, which leaves the deviation of white noise as it
-    is; each plane is denoised, and rgb = 0.5 + Aᵀ (net(0.5 + A (rgb - 0.5)) - 0.5). Grey with a
+    is; each plane is denoised, and rgb = 0.5 + Aᵀ (net(0.5 + A (rgb - 0.5)) - 0.5). RGB of three
+    equal planes is denoised as the grey image it is. Grey with a
     network of three channels is refused: such a network takes noise that is alike in all three
     for part of the picture (1 dB gained where a grey network gains 7).
 
     network: an `xunit_rs._core.Network`, or any object with `channels` and
-        `denoise(image, tile, threads)`.
+        `denoise(image, tile, threads)`, and a fourth argument where progress is asked for.
     tile: width in pixels of the panels that an image is cut into; 0 = as wide as fit 320 MB. The
         rows of a panel stream through the network. The result is the same, bit for bit.
     threads: number of threads; 0 = default.
@@ -121,8 +130,18 @@ class Denoiser:
         network = cast(Network, CoreNetwork.load(str(path)))
         return cls(network, tile=tile, threads=threads, strength=strength)
 
-    def __call__(self, image: Any, *, tile: int | None = None, threads: int | None = None) -> Any:
+    def __call__(
+        self,
+        image: Any,
+        *,
+        tile: int | None = None,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> Any:
         """Denoise an array, a PIL image or an image file; see the class. Arguments override it.
+
+        progress: now and then called with the share of the work that is done, 0 to 1; what it
+            raises ends the work.
 
         Raises TypeError for a dtype or an object that is no image; ValueError for a shape that is
         none, for NaN or infinity, in the image or in what a broken network makes of it, and for a
@@ -131,21 +150,43 @@ class Denoiser:
         tile = self.tile if tile is None else _count("tile", tile)
         threads = self.threads if threads is None else _count("threads", threads)
         if isinstance(image, np.ndarray):
-            return self._denoise_array(image, tile, threads)
+            return self._denoise_array(image, tile, threads, progress)
         if isinstance(image, Image.Image):
-            return self._denoise_pil(image, tile, threads)
+            return self._denoise_pil(image, tile, threads, progress)
         if isinstance(image, (str, os.PathLike)):
-            return self._denoise_pil(images.read(image), tile, threads)
+            return self._denoise_pil(images.read(image), tile, threads, progress)
         raise TypeError(
             "image must be a numpy array, a PIL image or a path, not "
             f"{type(image).__module__}.{type(image).__qualname__}"
         )
 
+    def compare(self, image: Any, *, progress: Progress | None = None) -> Image.Image:
+        """Show an image, the image denoised and their difference (×4, about grey) side by side.
+
+        Above them stand the size, the noise before and after by `noise.estimate_sigma` and the
+        root mean square of the difference, on the scale 0-255; they are in `info`, too. Panels
+        are at full size, of the middle 800×800 pixels at most.
+
+        image, progress: as for calling the denoiser, which see for what it raises, too.
+
+        Returns a PIL image of mode RGB.
+        """
+        from ._compare import sheet
+
+        if isinstance(image, (str, os.PathLike)):
+            image = images.read(image)
+        clean = self(image, progress=progress)
+        if isinstance(image, Image.Image):
+            return _sheet_of_pil(image, clean)
+        return sheet(image, clean, integer_scale(image))
+
     def __repr__(self) -> str:
         architecture = getattr(self.network, "architecture", type(self.network).__name__)
         return f"Denoiser({architecture}, channels={self.network.channels})"
 
-    def _denoise_pil(self, image: Image.Image, tile: int, threads: int) -> Image.Image:
+    def _denoise_pil(
+        self, image: Image.Image, tile: int, threads: int, progress: Progress | None
+    ) -> Image.Image:
         exif = images.tiff_exif(image)
         loaded = images.load(image)
         mode, pixels = loaded.mode, np.asarray(loaded)
@@ -154,9 +195,10 @@ class Denoiser:
                 raise ValueError(
                     f"an image of mode I must lie in 0..65535, got {pixels.min()}..{pixels.max()}"
                 )
-            clean = self._denoise_array(pixels.astype(np.uint16), tile, threads).astype(np.int32)
+            narrow = pixels.astype(np.uint16)
+            clean = self._denoise_array(narrow, tile, threads, progress).astype(np.int32)
         else:
-            clean = self._denoise_array(pixels, tile, threads)
+            clean = self._denoise_array(pixels, tile, threads, progress)
         if mode.startswith("I;16"):
             data = clean.astype(">u2" if mode == "I;16B" else "<u2").tobytes()
             result = Image.frombytes(mode, loaded.size, data)
@@ -166,7 +208,9 @@ class Denoiser:
         result.info.update(exif)
         return result
 
-    def _denoise_array(self, image: npt.NDArray[Any], tile: int, threads: int) -> npt.NDArray[Any]:
+    def _denoise_array(
+        self, image: npt.NDArray[Any], tile: int, threads: int, progress: Progress | None
+    ) -> npt.NDArray[Any]:
         dtype = _check_array(image)
         planes = image[:, :, None] if image.ndim == 2 else image
         count, channels = planes.shape[2], self.network.channels
@@ -186,7 +230,7 @@ class Denoiser:
         if scale is not None:
             source /= np.float32(scale)
         with np.errstate(invalid="ignore", over="ignore"):
-            clean = self._run(source, tile, threads)
+            clean = self._run(source, tile, threads, progress)
         if self.strength != 1:
             clean = source + np.float32(self.strength) * (clean - source)
         if not np.isfinite(clean).all():
@@ -202,14 +246,27 @@ class Denoiser:
         result[:, :, colours:] = planes[:, :, colours:]
         return result.reshape(image.shape)
 
-    def _run(self, source: FloatArray, tile: int, threads: int) -> FloatArray:
+    def _run(
+        self, source: FloatArray, tile: int, threads: int, progress: Progress | None
+    ) -> FloatArray:
         """Match the planes of one image, (C,H,W) in [0, 1], to the channels of the network."""
         channels, colours = self.network.channels, source.shape[0]
+
+        def run(planes: FloatArray, turn: int = 0, turns: int = 1) -> FloatArray:
+            if progress is None:  # of which a network need not know
+                return self.network.denoise(planes, tile, threads)
+            tell = progress
+            return self.network.denoise(
+                planes, tile, threads, lambda share: tell((turn + share) / turns)
+            )
+
         if colours == channels:
-            return self.network.denoise(source, tile, threads)
+            return run(source)
         if colours == 3 and channels == 1:
+            if all(np.array_equal(source[0], source[i]) for i in (1, 2)):
+                return np.broadcast_to(run(source[:1]), source.shape)
             seen = _rotate(_OPPONENT, source)
-            planes = [self.network.denoise(seen[i : i + 1], tile, threads) for i in range(3)]
+            planes = [run(seen[i : i + 1], i, 3) for i in range(3)]
             return _rotate(_OPPONENT.T, np.concatenate(planes))
         if colours == 1:
             raise ValueError(
@@ -244,6 +301,26 @@ def find_weights(name_or_path: str | os.PathLike[str]) -> Path:
         return _weights_folder() / f"{text}.safetensors"
     names = ", ".join(pretrained_names()) or "none"
     raise ValueError(f"unknown model {text!r}: not a .safetensors file nor one of: {names}")
+
+
+def _sheet_of_pil(before: Image.Image, after: Image.Image) -> Image.Image:
+    """`Denoiser.compare` of a PIL image that was denoised already."""
+    from ._compare import sheet
+
+    old, new = (np.asarray(images.load(image)) for image in (before, after))
+    if old.dtype == np.int32:
+        old, new = old.astype(np.uint16), new.astype(np.uint16)
+    return sheet(old, new, integer_scale(old))
+
+
+def integer_scale(image: npt.NDArray[Any]) -> float:
+    """The value of white in an array that is an image; raises as `Denoiser` does if it is none."""
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"image must be a numpy array, got {type(image).__qualname__}")
+    dtype = _check_array(image)
+    if image.ndim == 3 and image.shape[2] > 4:
+        raise ValueError(f"image must have 1 to 4 channels (HxW or HxWxC), got shape {image.shape}")
+    return _INTEGER_SCALE.get(dtype, 1.0)
 
 
 def _check_array(image: npt.NDArray[Any]) -> np.dtype[Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -18,8 +19,10 @@ __all__ = [
     "MODES",
     "ImageError",
     "check_target",
+    "encode",
     "is_image_name",
     "load",
+    "output_format",
     "read",
     "tiff_exif",
     "write",
@@ -110,8 +113,10 @@ def load(image: Image.Image, name: str = "image") -> Image.Image:
     return image
 
 
-def read(path: str | os.PathLike[str]) -> Image.Image:
+def read(path: str | os.PathLike[str] | IO[bytes], name: str | None = None) -> Image.Image:
     """Read an image file into memory, in one of `MODES`, with its metadata in `info`.
+
+    path: of a file, or a binary file that is open and can be rewound; errors call it `name`.
 
     Pixels stay as stored: an EXIF orientation is kept as metadata, not applied (but that of TIFF is
     applied, and not kept). Warns when Pillow
@@ -121,11 +126,13 @@ def read(path: str | os.PathLike[str]) -> Image.Image:
     Raises ImageError (not an image, truncated, a directory, too large, unreadable) and
     FileNotFoundError.
     """
-    name = os.fspath(path)
-    if os.path.isdir(name):
+    source = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
+    if name is None:
+        name = source if isinstance(source, str) else "file"
+    if isinstance(source, str) and os.path.isdir(source):
         raise ImageError(f"{name}: is a directory, not an image file")
     try:
-        opened = Image.open(name)
+        opened = Image.open(source)
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such file") from None
     except UnidentifiedImageError:
@@ -146,7 +153,7 @@ def read(path: str | os.PathLike[str]) -> Image.Image:
             kind = "grey with alpha" if grey else "colour"
             warnings.warn(f"{name}: 16-bit {kind} is read as 8-bit", stacklevel=2)
         more: dict[str, Any] = tiff_exif(opened, name)
-        if opened.format == "WEBP" and _is_lossless_webp(name):
+        if opened.format == "WEBP" and _is_lossless_webp(source):
             more["lossless"] = True
         image = load(opened, name)
         info = image.info | more
@@ -155,6 +162,7 @@ def read(path: str | os.PathLike[str]) -> Image.Image:
         # A copy has no file behind it, so it outlives `with`.
         image = image.copy() if image is opened else image
         image.info = info
+        image.format = opened.format
         return image
 
 
@@ -177,8 +185,8 @@ def tiff_exif(image: Image.Image, name: str = "image") -> dict[str, Any]:
         return {}
 
 
-def _is_lossless_webp(name: str) -> bool:
-    with open(name, "rb") as file:
+def _is_lossless_webp(source: str | IO[bytes]) -> bool:
+    with open(source, "rb") if isinstance(source, str) else io.BytesIO(_content(source)) as file:
         file.seek(12)
         while len(head := file.read(8)) == 8:
             kind, size = head[:4], int.from_bytes(head[4:], "little")
@@ -186,6 +194,39 @@ def _is_lossless_webp(name: str) -> bool:
                 return kind == b"VP8L"
             file.seek(16 if kind == b"ANMF" else size + size % 2, os.SEEK_CUR)
     return False
+
+
+def _content(file: IO[bytes]) -> bytes:
+    place = file.tell()
+    file.seek(0)
+    content = file.read()
+    file.seek(place)
+    return content
+
+
+def output_format(path: str | os.PathLike[str]) -> str | None:
+    """The Pillow format in which the suffix says to write, or None where there is none."""
+    suffix = Path(path).suffix.lower()
+    return Image.registered_extensions().get(suffix) if suffix in TRUE_COLOUR_SUFFIXES else None
+
+
+def encode(image: Image.Image, file_format: str | None) -> bytes:
+    """An image as the content of a file, as `write` writes it.
+
+    In `file_format` if that stores what was denoised, and this mode; otherwise in PNG or TIFF.
+    """
+    formats = {output_format(f"a{suffix}") for suffix in TRUE_COLOUR_SUFFIXES}
+    kind = "JPEG" if file_format == "MPO" else file_format
+    if kind is None or kind not in formats or not _stores(kind, image.mode):
+        kind = "PNG" if _stores("PNG", image.mode) else "TIFF"
+    file = io.BytesIO()
+    _save(image, file, kind, "image")
+    return file.getvalue()
+
+
+def _stores(file_format: str, mode: str) -> bool:
+    allowed = _FORMAT_MODES.get(file_format)
+    return allowed is None or mode in allowed
 
 
 def check_target(
@@ -198,12 +239,10 @@ def check_target(
     """
     name = os.fspath(path)
     suffix = Path(name).suffix.lower()
-    file_format = Image.registered_extensions().get(suffix)
-    supported = suffix in TRUE_COLOUR_SUFFIXES and file_format in Image.SAVE
-    if file_format is None or not supported:
+    file_format = output_format(name)
+    if file_format is None or file_format not in Image.SAVE:
         raise ImageError(f"{name}: cannot write images with suffix {suffix!r}; try .png")
-    allowed = _FORMAT_MODES.get(file_format)
-    if mode is not None and allowed is not None and mode not in allowed:
+    if mode is not None and not _stores(file_format, mode):
         other = ".png or .tif" if mode in _FORMAT_MODES["PNG"] else ".tif"
         raise ImageError(f"{name}: {file_format} cannot store mode {mode}; try {other}")
     target = os.path.realpath(name)
@@ -241,6 +280,19 @@ def write(image: Image.Image, path: str | os.PathLike[str], *, overwrite: bool =
     name = os.fspath(path)
     file_format = check_target(name, image.mode, overwrite=overwrite)
     target = os.path.realpath(name)  # a symbolic link stays one: its target is replaced
+    try:
+        with replacing(Path(target)) as temporary:
+            with open(temporary, "wb") as file:
+                _save(image, file, file_format, name)
+            if not overwrite and os.path.exists(target):  # it appeared meanwhile
+                raise ImageError(f"{name}: already exists; it is replaced only with overwrite")
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # encoders raise OSError, ValueError, KeyError, struct.error, ...
+        raise ImageError(f"{name}: cannot be written ({_reason(error)})") from error
+
+
+def _save(image: Image.Image, file: IO[bytes], file_format: str, name: str) -> None:
     options = _options(image.info, file_format, name)
     if image.mode == "I" and file_format == "PNG":
         pixels = np.asarray(image)
@@ -248,16 +300,7 @@ def write(image: Image.Image, path: str | os.PathLike[str], *, overwrite: bool =
             span = f"{pixels.min()}..{pixels.max()}"
             raise ImageError(f"{name}: PNG cannot store values {span}; try .tif")
         image = Image.fromarray(pixels.astype(np.uint16))
-    try:
-        with replacing(Path(target)) as temporary:
-            with open(temporary, "wb") as file:
-                image.save(file, format=file_format, **options)
-            if not overwrite and os.path.exists(target):  # it appeared meanwhile
-                raise ImageError(f"{name}: already exists; it is replaced only with overwrite")
-    except (ImageError, MemoryError):
-        raise
-    except Exception as error:  # encoders raise OSError, ValueError, KeyError, struct.error, ...
-        raise ImageError(f"{name}: cannot be written ({_reason(error)})") from error
+    image.save(file, format=file_format, **options)
 
 
 def _options(info: dict[Any, Any], file_format: str, name: str) -> dict[str, Any]:
