@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 
-from xunit_rs import _autograd, functional, reference, replace_relu  # noqa: E402
+from xunit_rs import functional, reference, replace_relu  # noqa: E402
 from xunit_rs.functional import BatchNormState  # noqa: E402
 from xunit_rs.modules import DepthwiseConv2d, xUnit, xUnitD, xUnitS  # noqa: E402
 
@@ -25,27 +25,6 @@ needs_inductor = pytest.mark.skipif(
 def fresh():
     torch._dynamo.reset()
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    """The names of the kernels that were called."""
-    core, names = _autograd._core, []
-
-    class Core:
-        def __getattr__(self, name):
-            function = getattr(core, name)
-            if name == "is_plain":
-                return function
-
-            def noted(*args):
-                names.append(name)
-                return function(*args)
-
-            return noted
-
-    monkeypatch.setattr(_autograd, "_core", Core())
-    return names
 
 
 def step(f, x):

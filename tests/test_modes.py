@@ -84,27 +84,6 @@ def close(found, expected, **tolerance):
         torch.testing.assert_close(a, b, **(tolerance or {"rtol": 1e-4, "atol": 1e-5}))
 
 
-@pytest.fixture
-def kernels(monkeypatch):
-    """The names of the kernels that were called."""
-    core, names = _autograd._core, []
-
-    class Core:
-        def __getattr__(self, name):
-            function = getattr(core, name)
-            if name == "is_plain":
-                return function
-
-            def noted(*args):
-                names.append(name)
-                return function(*args)
-
-            return noted
-
-    monkeypatch.setattr(_autograd, "_core", Core())
-    return names
-
-
 # ---------------------------------------------------------------- derivatives
 
 

@@ -546,6 +546,14 @@ def _unit_forward(
             running = (*map(_to_write, follow), weight_of_batch)
         norms.append((*affine, *map(_to_write, found), bn.eps, True, running))
         statistics.append(found)
+    parameters = (
+        _optional(pw_weight, dtype),
+        _optional(pw_bias, dtype),
+        _ready(weight, dtype),
+        _optional(bias, dtype),
+        norms[0],
+        norms[1],
+    )
     evaluates = all(bn is None or bn.mean is not None for bn in call.norms)
     if not save and evaluates and _evaluates_channels_last(x):
         out = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
@@ -553,12 +561,7 @@ def _unit_forward(
             call.variant,
             call.gate,
             _ready(_in_order(x, True), dtype),
-            _optional(pw_weight, dtype),
-            _optional(pw_bias, dtype),
-            _ready(weight, dtype),
-            _optional(bias, dtype),
-            norms[0],
-            norms[1],
+            *parameters,
             _to_write(_in_order(out, True)),
             torch.get_num_threads(),
         )
@@ -570,12 +573,7 @@ def _unit_forward(
         call.variant,
         call.gate,
         _ready(x, dtype),
-        _optional(pw_weight, dtype),
-        _optional(pw_bias, dtype),
-        _ready(weight, dtype),
-        _optional(bias, dtype),
-        norms[0],
-        norms[1],
+        *parameters,
         _to_write(out),
         _to_write(d),
         _to_write(p),

@@ -16,14 +16,25 @@ use crate::simd::{Kernel, Simd};
 /// `step` elements: as many as lanes, or more where it lies in a tensor in channels_last.
 #[derive(Clone, Copy, Debug)]
 pub struct Row<'a> {
-    data: &'a [f32],
+    ptr: *const f32,
     stride: usize,
     step: usize,
+    len: usize,
+    data: PhantomData<&'a [f32]>,
 }
 
 impl<'a> Row<'a> {
     pub fn new(data: &'a [f32], stride: usize, step: usize) -> Self {
-        Self { data, stride, step }
+        Self { ptr: data.as_ptr(), stride, step, len: data.len(), data: PhantomData }
+    }
+
+    /// The row of `len` elements from `ptr` on: for a row of which other threads write other pixels.
+    ///
+    /// # Safety
+    /// The elements must be valid for reading, and nobody may write to those that the kernel reads, as
+    /// long as this lives.
+    pub unsafe fn from_raw(ptr: *const f32, len: usize, stride: usize, step: usize) -> Self {
+        Self { ptr, stride, step, len, data: PhantomData }
     }
 
     /// Whether so many pixels of so many blocks can be read, next to each other.
@@ -35,13 +46,13 @@ impl<'a> Row<'a> {
     /// Whether they can, `step` elements apart.
     #[inline(always)]
     fn reaches(&self, blocks: usize, pixels: usize, lanes: usize) -> bool {
-        self.data.len() >= (blocks - 1) * self.stride + pixels.saturating_sub(1) * self.step + lanes
+        self.len >= (blocks - 1) * self.stride + pixels.saturating_sub(1) * self.step + lanes
     }
 
     /// The first pixel of a block.
     #[inline(always)]
     pub(super) fn block(&self, block: usize) -> *const f32 {
-        self.data.as_ptr().wrapping_add(block * self.stride)
+        self.ptr.wrapping_add(block * self.stride)
     }
 }
 

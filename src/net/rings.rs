@@ -77,20 +77,18 @@ impl<'a> Shared<'a> {
     /// Row `y`, from pixel `x` − `before` on.
     ///
     /// # Safety
-    /// Nobody may write to the row as long as this lives.
+    /// Nobody may write to the pixels that are read of it as long as this lives; to others they may.
     pub(super) unsafe fn row(&self, y: isize, x: usize, before: usize) -> Row<'a> {
         let ring = self.ring;
         assert!(before <= ring.pad + x);
         let at = (ring.pad + x - before) * ring.lanes;
         assert!(at <= ring.stride);
-        // SAFETY: a slot has `row_len` elements, of which `at` are left out.
-        let data = unsafe {
-            std::slice::from_raw_parts(
-                self.ptr.add(ring.slot(y) * self.row_len + at),
-                self.row_len - at,
-            )
-        };
-        Row::new(data, ring.stride, ring.lanes)
+        // SAFETY: a slot has `row_len` elements, of which `at` are left out; the caller vouches for
+        // the rest.
+        unsafe {
+            let first = self.ptr.add(ring.slot(y) * self.row_len + at);
+            Row::from_raw(first, self.row_len - at, ring.stride, ring.lanes)
+        }
     }
 
     /// Pixels `x` of rows `y`.

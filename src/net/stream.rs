@@ -28,10 +28,11 @@ const BURST: usize = 64;
 /// More than there are threads.
 const WORKERS: usize = 1024;
 
-/// Splits a row of tiles into chunks of [`CHUNK`] or up to half more: columns of each.
-fn chunks(width: usize) -> Vec<Range<usize>> {
-    let tiles = width.div_ceil(TILE);
-    let count = ((tiles + CHUNK / 2 - 1) / CHUNK).max(1);
+/// Splits a row of tiles into chunks of [`CHUNK`] or up to half more: columns of each. No halo reaches
+/// beyond the chunk beside its own, which is all that [`Flow::done_around`] looks at.
+fn chunks(width: usize, halo: usize) -> Vec<Range<usize>> {
+    let (tiles, chunk) = (width.div_ceil(TILE), CHUNK.max(2 * halo.div_ceil(TILE)));
+    let count = ((tiles + chunk / 2 - 1) / chunk).max(1);
     let edge = |i: usize| (tiles * i / count * TILE).min(width);
     (0..count).map(|i| edge(i)..edge(i + 1)).collect()
 }
@@ -159,7 +160,8 @@ impl Job<'_> {
             let x = x.share();
             Between { x, u: u.as_mut().map_or(x, Ring::share), rows }
         });
-        let chunks = chunks(width);
+        let halos: Vec<_> = works.iter().map(|work| work.halo(network)).collect();
+        let chunks = chunks(width, halos.iter().copied().max().unwrap_or(0));
         let fronts = vec![Front::default(); works.len() * chunks.len()];
         let flow = Flow {
             network,
@@ -168,7 +170,7 @@ impl Job<'_> {
             shape: self.shape,
             clean: Mutex::new(&mut *self.clean),
             between: between.collect(),
-            halos: works.iter().map(|work| work.halo(network)).collect(),
+            halos,
             works,
             chunks,
             state: Mutex::new(State { fronts, until: BURST, failed: false }),
@@ -353,7 +355,7 @@ impl Task<'_, '_> {
                 let mut scratch = Scratch::new(weights.scratch(pixels.div_ceil(TILE)));
                 for top in (0..x.len()).step_by(TILE) {
                     let first = (self.rows.start + top) as isize - 1;
-                    // SAFETY: nobody writes to rows of the input.
+                    // SAFETY: nobody writes to these pixels of the input.
                     let row = |y| unsafe {
                         self.before().x.row(first + y as isize, self.columns.start, 1)
                     };
@@ -440,7 +442,7 @@ impl Task<'_, '_> {
         for y in self.rows.clone() {
             let rows: Vec<_> = (0..weights.k())
                 .map(|i| (y + i) as isize - halo as isize)
-                // SAFETY: nobody writes to the rows meanwhile.
+                // SAFETY: nobody writes to these pixels meanwhile.
                 .map(|y| unsafe { input.row(y, columns.start - panel.region.start, halo) })
                 .collect();
             simd::dispatch(Last { weights, rows: &rows, out: &mut out });
@@ -450,6 +452,25 @@ impl Task<'_, '_> {
                 let pixels = clean[at..][..columns.len()].iter_mut().zip(&image[at..]);
                 for ((clean, &x), &out) in pixels.zip(out) {
                     *clean = x + sign * out;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_are_whole_tiles_and_no_halo_reaches_beyond_the_next() {
+        for halo in [1, 4, 40, 100, 300] {
+            for width in 1..1500 {
+                let chunks = chunks(width, halo);
+                assert!(chunks[0].start == 0 && chunks[chunks.len() - 1].end == width);
+                for pair in chunks.windows(2) {
+                    assert!(pair[0].end == pair[1].start && pair[0].end.is_multiple_of(TILE));
+                    assert!(pair.iter().all(|chunk| chunk.len() >= halo), "{width}, {halo}");
                 }
             }
         }

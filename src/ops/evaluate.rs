@@ -6,6 +6,7 @@ use super::pointwise::Pointwise;
 use super::scratch::Scratch;
 use super::xunit::{Channel, POINTWISE_WORK, Variant, XUnit, check};
 use super::{Planes, expect_len};
+use crate::kernels::activation::Affine;
 use crate::kernels::blocked::{GateWeights, Gated, Gather, Maps, Mix, MixWeights, Row, RowMut};
 use crate::memory::Aligned;
 use crate::parallel::{self, Threads};
@@ -23,6 +24,13 @@ struct Block {
     rectifier: Option<[Vec<f32>; 3]>,
 }
 
+/// What a channel's bias becomes in a convolution that `norm` is folded into.
+fn folded_bias(bias: Option<&[f32]>, c: usize, norm: Affine<f32>) -> f32 {
+    let own = bias.map_or(0.0, |bias| bias[c]);
+    let [own, centre, scale, shift] = [own, norm.centre, norm.scale, norm.shift].map(f64::from);
+    (scale * (own - centre) + shift) as f32
+}
+
 impl Block {
     /// Channels from `first` on. Batch norm 2 is folded into the taps, which it follows.
     fn new(unit: &XUnit<'_, f32>, first: usize, lanes: usize) -> Self {
@@ -35,10 +43,7 @@ impl Block {
             for (tap, &weight) in unit.weight[c * taps..][..taps].iter().enumerate() {
                 folded[tap * lanes + lane] = norm.scale * weight;
             }
-            let own = unit.bias.map_or(0.0, |bias| bias[c]);
-            let [own, centre, scale, shift] =
-                [own, norm.centre, norm.scale, norm.shift].map(f64::from);
-            bias.push((scale * (own - centre) + shift) as f32);
+            bias.push(folded_bias(unit.bias, c, norm));
             let norm = Channel::given(unit.norm1.as_ref(), c).affine;
             for (list, value) in rectifier.iter_mut().zip([norm.centre, norm.scale, norm.shift]) {
                 list.push(value);
@@ -66,9 +71,7 @@ fn pointwise(
     for (o, row) in weight.chunks_exact_mut(c).enumerate() {
         let norm = Channel::given(unit.norm1.as_ref(), o).affine;
         row.iter_mut().for_each(|weight| *weight *= norm.scale);
-        let own = pointwise.bias.map_or(0.0, |bias| bias[o]);
-        let [own, centre, scale, shift] = [own, norm.centre, norm.scale, norm.shift].map(f64::from);
-        bias.push((scale * (own - centre) + shift) as f32);
+        bias.push(folded_bias(pointwise.bias, o, norm));
     }
     let weights = MixWeights::new(&weight, bias, simd::selected_lanes::<f32>());
     let mut p = Aligned::new(x.len());
