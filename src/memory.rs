@@ -63,8 +63,9 @@ impl Aligned {
     }
 }
 
-/// Asks the system for pages of 2 MiB: most of the time that fresh memory takes goes by the page.
-fn huge_pages(data: *mut u8, bytes: usize) {
+/// Asks the system for pages of 2 MiB, inside an allocation: most of the time that fresh memory takes
+/// goes by the page. An xUnit's forward of 1 × 64 × 512 × 512 took 60 ms of which 30 were faults.
+pub(crate) fn huge_pages(data: *mut u8, bytes: usize) {
     #[cfg(target_os = "linux")]
     {
         const PAGE: usize = 2 << 20;

@@ -4,7 +4,7 @@
 //! forward tile keeps 6 rows × TILE_VECTORS vectors of outputs in registers and slides down the
 //! input: a loaded vector feeds up to six output rows, a broadcast tap all vectors of a row. The
 //! input gradient is the same convolution with the taps turned by 180°. The weight gradient keeps
-//! a tile of taps in registers: a loaded vector of input meets the gradients of up to three rows.
+//! a tile of taps in registers: a loaded vector of input meets the gradients of up to five rows.
 //!
 //! Both take planes, or blocks of as many channels as a vector has lanes, pixel by pixel: a block is
 //! a plane `block` times as wide whose taps lie `block` elements apart and are vectors themselves.
@@ -338,39 +338,57 @@ impl<T: Scalar> WeightGradient<'_, T> {
     #[inline(always)]
     fn tap_rows<S: Simd<T>>(&mut self, simd: S, rows: (usize, usize), i: usize) -> usize {
         let (kh, kw) = self.kernel;
-        // Three rows of taps at a time, but no single one left over.
-        let most = match kh - i {
-            4 => 2,
-            left => left.min(3),
+        // As many taps as there are registers for, with a gradient for each row and an input. Three
+        // rows or more use each load often enough, as most loads straddle two cache lines.
+        let many = S::TILE_VECTORS == 4;
+        let high = match (kh - i, many) {
+            (left @ (1 | 2 | 4 | 5), true) => left,
+            (left, true) if left % 3 == 0 => 3,
+            (_, true) => 4,
+            (4, false) => 2,
+            (left, false) => left.min(3),
         };
-        let high = if rows.1 - rows.0 < 3 { 1 } else { most };
+        let high = if rows.1 - rows.0 < high { 1 } else { high };
+        let most = match (high, many) {
+            (3, true) => 9,
+            (4, true) => 6,
+            (5, true) => 5,
+            _ => 4,
+        };
         let mut j = 0;
-        while j < kw {
-            // More than 15 accumulators and their operands spill, though 32 registers hold them: for
-            // a 7 × 7 kernel 3 × 4 and 3 × 3 taps are 1.25 times as fast as 3 × 7, for 5 × 5 3 × 5
-            // are 1.25 times as fast as 3 × 3 and 3 × 2 (divan bench depthwise_weight_gradient,
-            // AVX-512, Zen 5).
-            let width = match kw - j {
-                5 if S::TILE_VECTORS == 4 => 5,
-                left @ 1..=4 => left,
-                5 | 6 => 3,
-                _ => 4,
-            };
+        for parts in (1..=kw.div_ceil(most)).rev() {
+            let width = (kw - j).div_ceil(parts);
             macro_rules! taps {
-                ($($width:literal)+) => {
+                ($($height:literal: $($width:literal)+,)+) => {
                     match (width, high) {
-                        $(
-                            ($width, 3) => self.taps::<S, $width, 3>(simd, rows, i, j),
-                            ($width, 2) => self.taps::<S, $width, 2>(simd, rows, i, j),
-                            ($width, _) => self.taps::<S, $width, 1>(simd, rows, i, j),
-                        )+
-                        _ => unreachable!(),
+                        $($(
+                            ($width, $height) => {
+                                self.taps::<S, $width, $height>(simd, rows, i, j);
+                            }
+                        )+)+
+                        _ => unreachable!("{width} × {high} taps"),
                     }
                 };
             }
             // SAFETY: i + I ≤ kh and j + J ≤ kw: `run` asserts that all their rows and columns are in
             // reach.
-            unsafe { taps!(1 2 3 4 5) }
+            unsafe {
+                if many {
+                    taps! {
+                        1: 1 2 3 4,
+                        2: 1 2 3 4,
+                        3: 1 2 3 4 5 6 7 8 9,
+                        4: 1 2 3 4 5 6,
+                        5: 1 2 3 4 5,
+                    }
+                } else {
+                    taps! {
+                        1: 1 2 3 4,
+                        2: 1 2 3 4,
+                        3: 1 2 3 4,
+                    }
+                }
+            }
             j += width;
         }
         high
@@ -384,29 +402,21 @@ impl<T: Scalar> WeightGradient<'_, T> {
     unsafe fn taps<S: Simd<T>, const J: usize, const I: usize>(
         &mut self,
         simd: S,
-        (first, end): (usize, usize),
+        rows: (usize, usize),
         i: usize,
         j: usize,
     ) {
         let mut acc = [[simd.splat(T::ZERO); J]; I];
-        // SAFETY: the caller's promise; input row y + i, for y in first..end + I − 1, meets the
-        // gradient rows y − r in first..end alone.
+        let (ow, lanes) = (self.out.1, simd.lanes());
+        let mut x = 0;
+        // SAFETY: the caller's promise.
         unsafe {
-            // Ramping in, the first rows of input have no gradients through the lower taps.
-            if I > 1 {
-                self.row::<S, J, I>(simd, &mut acc, (first, i, j), 0, 1);
+            while x + lanes <= ow {
+                acc = self.column::<S, J, I, false>(simd, acc, rows, (x, i, j));
+                x += lanes;
             }
-            if I > 2 {
-                self.row::<S, J, I>(simd, &mut acc, (first + 1, i, j), 0, 2);
-            }
-            for y in first + I - 1..end {
-                self.row::<S, J, I>(simd, &mut acc, (y, i, j), 0, I);
-            }
-            if I > 1 {
-                self.row::<S, J, I>(simd, &mut acc, (end, i, j), 1, I);
-            }
-            if I > 2 {
-                self.row::<S, J, I>(simd, &mut acc, (end + 1, i, j), 2, I);
+            if x < ow {
+                acc = self.column::<S, J, I, true>(simd, acc, rows, (x, i, j));
             }
         }
         for (r, acc) in acc.iter().enumerate() {
@@ -425,61 +435,87 @@ impl<T: Scalar> WeightGradient<'_, T> {
         }
     }
 
-    /// Input row y + i through the rows of taps i + low..i + high.
+    /// What [`WeightGradient::taps`] adds up from column x on, a vector wide or, if PART, up to the end
+    /// of the rows. The sums come and go by value: behind a reference each of them would be stored
+    /// after every multiply-add.
     ///
     /// # Safety
-    /// As [`WeightGradient::taps`]; y − r must be a row of the gradient for r in low..high.
+    /// As [`WeightGradient::taps`], with the column in reach.
     #[inline(always)]
-    unsafe fn row<S: Simd<T>, const J: usize, const I: usize>(
+    unsafe fn column<S: Simd<T>, const J: usize, const I: usize, const PART: bool>(
         &self,
         simd: S,
-        acc: &mut [[S::V; J]; I],
-        (y, i, j): (usize, usize, usize),
-        low: usize,
-        high: usize,
-    ) {
-        let (ow, lanes, block) = (self.out.1, simd.lanes(), self.block);
-        // SAFETY: the caller's promise; a partial vector reads only its elements, so that an
-        // infinity beyond the row cannot meet a zero gradient.
+        mut acc: [[S::V; J]; I],
+        (first, end): (usize, usize),
+        (x, i, j): (usize, usize, usize),
+    ) -> [[S::V; J]; I] {
+        // A partial vector reads only its elements, so that an infinity beyond the row cannot meet a
+        // zero gradient.
+        let columns = if PART { self.out.1 - x } else { simd.lanes() };
+        // The gradients of row y and of those above it, which input row y + i reaches through the
+        // taps i, i + 1 and so on.
+        let mut g = [simd.splat(T::ZERO); I];
+        macro_rules! row {
+            ($y:expr, $low:expr, $high:expr) => {
+                for r in (1..I).rev() {
+                    g[r] = g[r - 1];
+                }
+                if $low == 0 {
+                    g[0] = load::<T, S, PART>(simd, self.grad.as_ptr().add($y * self.grad_ld + x), columns);
+                }
+                let input = self.input.as_ptr().add(($y + i) * self.ld + x + j * self.block);
+                for c in 0..J {
+                    let v = load::<T, S, PART>(simd, input.add(c * self.block), columns);
+                    for r in $low..$high {
+                        acc[r][c] = simd.fma(g[r], v, acc[r][c]);
+                    }
+                }
+            };
+        }
+        // SAFETY: the caller's promise; input row y + i, for y in first..end + I − 1, meets the
+        // gradient rows y − r in first..end alone.
         unsafe {
-            let input = self.input.as_ptr().add((y + i) * self.ld + j * block);
-            let grad = |r: usize| self.grad.as_ptr().wrapping_add((y - r) * self.grad_ld);
-            let mut x = 0;
-            while x + lanes <= ow {
-                let mut g = [simd.splat(T::ZERO); I];
-                for (r, g) in g.iter_mut().enumerate() {
-                    if r >= low && r < high {
-                        *g = simd.load(grad(r).add(x));
-                    }
-                }
-                for c in 0..J {
-                    let v = simd.load(input.add(x + c * block));
-                    for (r, acc) in acc.iter_mut().enumerate() {
-                        if r >= low && r < high {
-                            acc[c] = simd.fma(g[r], v, acc[c]);
-                        }
-                    }
-                }
-                x += lanes;
+            // Ramping in, the first rows of input have no gradients through the lower taps.
+            if I > 1 {
+                row!(first, 0, 1);
             }
-            if x < ow {
-                let mut g = [simd.splat(T::ZERO); I];
-                for (r, g) in g.iter_mut().enumerate() {
-                    if r >= low && r < high {
-                        *g = simd.load_first(grad(r).add(x), ow - x);
-                    }
-                }
-                for c in 0..J {
-                    let v = simd.load_first(input.add(x + c * block), ow - x);
-                    for (r, acc) in acc.iter_mut().enumerate() {
-                        if r >= low && r < high {
-                            acc[c] = simd.fma(g[r], v, acc[c]);
-                        }
-                    }
-                }
+            if I > 2 {
+                row!(first + 1, 0, 2);
+            }
+            if I > 3 {
+                row!(first + 2, 0, 3);
+            }
+            if I > 4 {
+                row!(first + 3, 0, 4);
+            }
+            for y in first + I - 1..end {
+                row!(y, 0, I);
+            }
+            if I > 1 {
+                row!(end, 1, I);
+            }
+            if I > 2 {
+                row!(end + 1, 2, I);
+            }
+            if I > 3 {
+                row!(end + 2, 3, I);
+            }
+            if I > 4 {
+                row!(end + 3, 4, I);
             }
         }
+        acc
     }
+}
+
+/// A vector or, if PART, its first `n` elements and zeros.
+///
+/// # Safety
+/// They must be valid for reading.
+#[inline(always)]
+unsafe fn load<T: Scalar, S: Simd<T>, const PART: bool>(simd: S, from: *const T, n: usize) -> S::V {
+    // SAFETY: the caller's promise.
+    unsafe { if PART { simd.load_first(from, n) } else { simd.load(from) } }
 }
 
 /// Copies pixels, some channels of each, between a tensor in channels_last and a block.

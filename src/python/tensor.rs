@@ -15,6 +15,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyCapsule, PyCapsuleMethods, PyTuple, PyType};
 
 use super::Number;
+use crate::memory;
 use crate::parallel::{self, ParallelFor};
 
 /// The head of DLPack's `DLTensor`, version 1.
@@ -159,6 +160,9 @@ impl DlTensor {
             })
     }
 }
+
+/// Bytes from which on an output's memory is worth the advice, as numpy has it for its arrays.
+const ADVISED: usize = 4 << 20;
 
 /// The most dimensions that any argument has.
 const MAX_DIMS: usize = 4;
@@ -312,6 +316,10 @@ impl<'py, T: Number> View<'py, T> {
     pub(super) unsafe fn slice_mut(&self) -> &'py mut [T] {
         if self.len() == 0 {
             return &mut [];
+        }
+        let bytes = self.len() * size_of::<T>();
+        if bytes >= ADVISED {
+            memory::huge_pages(self.data.cast(), bytes);
         }
         // SAFETY: as in `slice`; whoever calls vouches that no other slice overlaps. Memory that
         // nobody has written holds some number or other: torch and numpy hand it out as such.
