@@ -138,7 +138,17 @@ fn convolution_in<T: Scalar>(
             let (grad, out) = (&grad[..], (oh, ow));
             let sum_of = &mut sum;
             let (sum, block) = (sum_of, 1);
-            let job = conv::WeightGradient { grad, grad_ld, input, ld, sum, kernel, out, block };
+            let job = conv::WeightGradient {
+                grad,
+                grad_ld,
+                input,
+                ld,
+                sum,
+                kernel,
+                out,
+                block,
+                next: [&[]; 2],
+            };
             T::dispatch(isa, job);
             let sum: Vec<T> = sum.iter().map(|&sum| T::from_f64(sum)).collect();
             let want = gweight.mapv(|g| g + 1.0);

@@ -182,7 +182,10 @@ impl<T: Scalar> Kernel<T> for Fill<'_, T> {
         for (y, row) in self.plane.chunks_exact(self.width).enumerate() {
             let out = &mut self.padded[self.origin + y * self.ld..][..self.width];
             let Some(affine) = self.relu_of else {
-                out.copy_from_slice(row);
+                // Not `copy_from_slice`, whose call takes longer than to copy a short row.
+                each_vector!(simd, row.len(), |at, n| {
+                    store(simd, load(simd, row, at, n), out, at, n);
+                });
                 continue;
             };
             each_vector!(simd, row.len(), |at, n| {

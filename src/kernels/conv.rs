@@ -305,6 +305,8 @@ pub struct WeightGradient<'a, T> {
     pub out: (usize, usize),
     /// As in [`Forward`].
     pub block: usize,
+    /// As in [`Forward`], of gradient and input.
+    pub next: [&'a [T]; 2],
 }
 
 /// Vectors of gradient that are added up in lanes: at 16 lanes a block of 64 × 64 pixels.
@@ -322,12 +324,15 @@ impl<T: Scalar> Kernel<T> for WeightGradient<'_, T> {
         assert!(self.input.len() >= (oh + kh - 2) * self.ld + row);
         assert!(self.grad.len() >= (oh - 1) * self.grad_ld + ow);
         assert!(self.sum.len() == kh * kw * block);
-        let height = (BLOCK / ow.div_ceil(simd.lanes())).max(8);
+        let columns = ow.div_ceil(simd.lanes());
+        let height = (BLOCK / columns).max(8);
+        let [grad, input] = self.next;
+        let mut next = [Ahead::new(grad, columns), Ahead::new(input, columns)];
         for y in (0..oh).step_by(height) {
             let rows = (y, oh.min(y + height));
             let mut i = 0;
             while i < kh {
-                i += self.tap_rows(simd, rows, i);
+                i += self.tap_rows(simd, rows, i, &mut next);
             }
         }
     }
@@ -336,7 +341,13 @@ impl<T: Scalar> Kernel<T> for WeightGradient<'_, T> {
 impl<T: Scalar> WeightGradient<'_, T> {
     /// The taps of one row of tiles, from row i on; returns how many rows they are.
     #[inline(always)]
-    fn tap_rows<S: Simd<T>>(&mut self, simd: S, rows: (usize, usize), i: usize) -> usize {
+    fn tap_rows<S: Simd<T>>(
+        &mut self,
+        simd: S,
+        rows: (usize, usize),
+        i: usize,
+        next: &mut [Ahead<T>; 2],
+    ) -> usize {
         let (kh, kw) = self.kernel;
         // As many taps as there are registers for, with a gradient for each row and an input. Three
         // rows or more use each load often enough, as most loads straddle two cache lines.
@@ -350,7 +361,7 @@ impl<T: Scalar> WeightGradient<'_, T> {
         };
         let high = if rows.1 - rows.0 < high { 1 } else { high };
         let most = match (high, many) {
-            (3, true) => 9,
+            (3, true) => 6,
             (4, true) => 6,
             (5, true) => 5,
             _ => 4,
@@ -363,7 +374,7 @@ impl<T: Scalar> WeightGradient<'_, T> {
                     match (width, high) {
                         $($(
                             ($width, $height) => {
-                                self.taps::<S, $width, $height>(simd, rows, i, j);
+                                self.taps::<S, $width, $height>(simd, rows, i, j, next);
                             }
                         )+)+
                         _ => unreachable!("{width} × {high} taps"),
@@ -377,7 +388,7 @@ impl<T: Scalar> WeightGradient<'_, T> {
                     taps! {
                         1: 1 2 3 4,
                         2: 1 2 3 4,
-                        3: 1 2 3 4 5 6 7 8 9,
+                        3: 1 2 3 4 5 6,
                         4: 1 2 3 4 5 6,
                         5: 1 2 3 4 5,
                     }
@@ -405,6 +416,7 @@ impl<T: Scalar> WeightGradient<'_, T> {
         rows: (usize, usize),
         i: usize,
         j: usize,
+        next: &mut [Ahead<T>; 2],
     ) {
         let mut acc = [[simd.splat(T::ZERO); J]; I];
         let (ow, lanes) = (self.out.1, simd.lanes());
@@ -414,6 +426,7 @@ impl<T: Scalar> WeightGradient<'_, T> {
             while x + lanes <= ow {
                 acc = self.column::<S, J, I, false>(simd, acc, rows, (x, i, j));
                 x += lanes;
+                next.iter_mut().for_each(|next| next.ask(simd, 1));
             }
             if x < ow {
                 acc = self.column::<S, J, I, true>(simd, acc, rows, (x, i, j));
@@ -457,11 +470,16 @@ impl<T: Scalar> WeightGradient<'_, T> {
         let mut g = [simd.splat(T::ZERO); I];
         macro_rules! row {
             ($y:expr, $low:expr, $high:expr) => {
-                for r in (1..I).rev() {
-                    g[r] = g[r - 1];
+                let above = g;
+                for r in 1..I {
+                    g[r] = above[r - 1];
                 }
                 if $low == 0 {
-                    g[0] = load::<T, S, PART>(simd, self.grad.as_ptr().add($y * self.grad_ld + x), columns);
+                    g[0] = load::<T, S, PART>(
+                        simd,
+                        self.grad.as_ptr().add($y * self.grad_ld + x),
+                        columns,
+                    );
                 }
                 let input = self.input.as_ptr().add(($y + i) * self.ld + x + j * self.block);
                 for c in 0..J {

@@ -223,6 +223,7 @@ fn parameters<T: Scalar>(
                         kernel: (kh, kw),
                         out: (rows, wide.ow),
                         block,
+                        next: [&[]; 2],
                     });
                 }
             }

@@ -3,6 +3,7 @@
 use super::phases::{self, Phases};
 use super::scratch::Window;
 use super::{Planes, check_depthwise, expect_len, optional_len, plane, turned};
+use crate::kernels::activation::Sums;
 use crate::kernels::conv;
 use crate::parallel::{self, Threads};
 use crate::shape::{Batch, Conv, Geometry, ShapeError};
@@ -72,14 +73,15 @@ pub fn depthwise_backward<T: Scalar>(
         let mut of_weight = gweight.is_some().then(|| WeightGradient::new(geometry));
         for n in 0..input.n {
             let at = plane(grad, output, n, c);
+            let next = if n + 1 < input.n { plane(grad, output, n + 1, c) } else { &[] };
             if gbias.is_some() {
-                sum_bias += at.iter().map(|g| g.to_f64()).sum::<f64>();
+                sum_bias += simd::dispatch(Sums { plane: at, origin: T::ZERO }).0;
             }
             if let Some(of_weight) = &mut of_weight {
-                of_weight.add(at, plane(x, input, n, c), &mut sum);
+                let next_x = if n + 1 < input.n { plane(x, input, n + 1, c) } else { &[] };
+                of_weight.add(at, plane(x, input, n, c), [next, next_x], &mut sum);
             }
             if let (Some(transposed), Some(gx)) = (&mut transposed, &gx) {
-                let next = if n + 1 < input.n { plane(grad, output, n + 1, c) } else { &[] };
                 // SAFETY: this task alone names channel c.
                 transposed.run(at, next, unsafe { gx.plane(n, c) });
             }
@@ -181,8 +183,8 @@ impl<T: Scalar> WeightGradient<T> {
         Self::General { offsets: plane.offsets().collect(), plane }
     }
 
-    /// Adds that of one plane to `sum`.
-    fn add(&mut self, grad: &[T], x: &[T], sum: &mut [f64]) {
+    /// Adds that of one plane to `sum`; `next` are the gradient and the plane of the next call.
+    fn add(&mut self, grad: &[T], x: &[T], next: [&[T]; 2], sum: &mut [f64]) {
         let (geometry, window) = match self {
             Self::Dense { geometry, window } => (&*geometry, window),
             Self::General { offsets, plane } => {
@@ -192,11 +194,20 @@ impl<T: Scalar> WeightGradient<T> {
         };
         let Geometry { conv, ow, oh, .. } = *geometry;
         let strip = window.strip(geometry);
-        for (y, grad) in (0..oh).step_by(strip).zip(grad.chunks(strip * ow)) {
-            let rows = (y + strip).min(oh) - y;
-            window.slide_over(y..y + rows + conv.kh - 1, x, None);
+        for y in (0..oh).step_by(strip) {
+            let end = (y + strip).min(oh);
+            let rows = end - y;
+            window.slide_over(y..end + conv.kh - 1, x, None);
+            let after = (end + strip).min(oh);
+            let next = if end < oh {
+                [&grad[end * ow..after * ow], window.ahead(end..after + conv.kh - 1, x)]
+            } else if next[0].is_empty() {
+                next
+            } else {
+                [&next[0][..strip * ow], window.ahead(0..strip + conv.kh - 1, next[1])]
+            };
             simd::dispatch(conv::WeightGradient {
-                grad,
+                grad: &grad[y * ow..end * ow],
                 grad_ld: ow,
                 input: window.input(),
                 ld: window.ld,
@@ -204,6 +215,7 @@ impl<T: Scalar> WeightGradient<T> {
                 kernel: (conv.kh, conv.kw),
                 out: (rows, ow),
                 block: 1,
+                next,
             });
         }
     }

@@ -470,6 +470,7 @@ pub fn xunit_backward<T: Scalar>(
                     kernel: (k, k),
                     out: (end - y, batch.w),
                     block: 1,
+                    next: [&[]; 2],
                 });
                 // In the place of e, of which the window has taken all that is yet needed.
                 let gu = &mut e[pixels.clone()];
