@@ -6,8 +6,8 @@ use common::noise;
 use divan::{Bencher, counter::ItemsCount};
 use xunit_rs::kernels::activation::Gate;
 use xunit_rs::ops::{
-    self, BatchStats, DepthwiseGradients, Norm, Pointwise, PointwiseGradients, Variant, XUnit,
-    XUnitGradients, XUnitOutput, XUnitSaved,
+    self, BatchStats, DepthwiseGradients, Layout, Norm, Pointwise, PointwiseGradients, Variant,
+    XUnit, XUnitGradients, XUnitOutput, XUnitSaved,
 };
 use xunit_rs::parallel::Threads;
 use xunit_rs::shape::{Batch, Conv, Geometry};
@@ -119,7 +119,7 @@ fn unit_evaluation(bencher: Bencher, variant: Variant, k: usize) {
     bencher.counter(flops(&geometry(k))).bench_local(|| {
         let out = &mut out[..];
         let output = XUnitOutput { out, d: None, p: None, stats1: None, stats2: None };
-        ops::xunit_forward(&unit, BATCH, &x, output, ONE).unwrap();
+        ops::xunit_forward(&unit, BATCH, Layout::Planes, &x, output, ONE).unwrap();
     });
 }
 
@@ -138,7 +138,7 @@ fn unit_forward(bencher: Bencher, variant: Variant, k: usize) {
             stats1: stats1.filter(|_| unit.norm1.is_some()),
             stats2,
         };
-        ops::xunit_forward(&unit, BATCH, &x, output, ONE).unwrap();
+        ops::xunit_forward(&unit, BATCH, Layout::Planes, &x, output, ONE).unwrap();
     });
 }
 
@@ -164,7 +164,7 @@ fn unit_backward(bencher: Bencher, variant: Variant, k: usize) {
             norm1: unit.norm1.map(|_| (a, b)),
             norm2: Some((c, d)),
         };
-        ops::xunit_backward(&unit, BATCH, &grad, saved, gradients, ONE).unwrap();
+        ops::xunit_backward(&unit, BATCH, Layout::Planes, &grad, saved, gradients, ONE).unwrap();
     });
 }
 

@@ -17,6 +17,7 @@ pub(crate) fn resize<T: Copy>(vec: &mut Vec<T>, len: usize, value: T) {
         // No hook is called: nobody need read of this on the standard error.
         resume_unwind(Box::new(NoMemory(len.saturating_mul(size_of::<T>()))));
     }
+    huge_pages(vec.as_mut_ptr().cast(), vec.capacity().saturating_mul(size_of::<T>()));
     vec.resize(len, value);
 }
 

@@ -104,6 +104,14 @@ impl Threads {
     pub fn for_work(self, operations: usize) -> Self {
         if operations < WORTH_WAKING { Threads::Own(1) } else { self }
     }
+
+    /// How many they are.
+    pub(crate) fn count(self) -> usize {
+        match self {
+            Threads::Own(0) | Threads::Host(0) => default_threads(),
+            Threads::Own(count) | Threads::Host(count) => count,
+        }
+    }
 }
 
 /// Runs a function on parts of a range in parallel and returns when all are done; not zero on
@@ -179,8 +187,7 @@ unsafe extern "C" fn run_for_host(_: i64, _: i64, context: *mut c_void) {
 /// The split into tasks is the caller's, so that results do not depend on the thread count. One
 /// thread or one task runs here, on the caller, and touches no pool.
 pub fn for_each(threads: Threads, tasks: usize, f: impl Fn(usize) + Sync) {
-    let (Threads::Own(count) | Threads::Host(count)) = threads;
-    let count = if count == 0 { default_threads() } else { count };
+    let count = threads.count();
     if count.min(tasks) < 2 {
         return (0..tasks).for_each(f);
     }

@@ -134,7 +134,63 @@ pub trait Simd<T: Scalar>: Copy {
     fn sum(self, x: Self::V) -> T;
     /// exp(x) of x ≤ 0.
     fn exp_negative(self, x: Self::V) -> Self::V;
+    /// Eight rows of eight elements, `from_ld` apart, become columns: rows `to_ld` apart.
+    ///
+    /// # Safety
+    /// The rows must be valid for reading and for writing.
+    #[inline(always)]
+    unsafe fn transpose(self, from: *const T, from_ld: usize, to: *mut T, to_ld: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { transpose(from, from_ld, to, to_ld) }
+    }
     fn sigmoid(self, x: Self::V) -> Self::V;
+}
+
+/// [`Simd::transpose`], element by element.
+#[inline(always)]
+unsafe fn transpose<T: Scalar>(from: *const T, from_ld: usize, to: *mut T, to_ld: usize) {
+    for i in 0..8 {
+        for j in 0..8 {
+            // SAFETY: the caller's promise.
+            unsafe { *to.add(j * to_ld + i) = *from.add(i * from_ld + j) };
+        }
+    }
+}
+
+/// [`Simd::transpose`]: the compiler makes 7 cycles an element of the loops.
+///
+/// # Safety
+/// As there, on a CPU with AVX.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn avx_transpose(from: *const f32, from_ld: usize, to: *mut f32, to_ld: usize) {
+    use std::arch::x86_64::*;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let row = |i: usize| _mm256_loadu_ps(from.add(i * from_ld));
+        let store = |v: __m256, j: usize| _mm256_storeu_ps(to.add(j * to_ld), v);
+        let (a, b) = (row(0), row(1));
+        let (t0, t1) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+        let (a, b) = (row(2), row(3));
+        let (t2, t3) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+        let (a, b) = (row(4), row(5));
+        let (t4, t5) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+        let (a, b) = (row(6), row(7));
+        let (t6, t7) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+        // Columns j of rows 0 to 3 (u) and 4 to 7 (v), and columns j + 4 in the upper halves.
+        let (u, v) = (_mm256_shuffle_ps::<0x44>(t0, t2), _mm256_shuffle_ps::<0x44>(t4, t6));
+        store(_mm256_permute2f128_ps::<0x20>(u, v), 0);
+        store(_mm256_permute2f128_ps::<0x31>(u, v), 4);
+        let (u, v) = (_mm256_shuffle_ps::<0xEE>(t0, t2), _mm256_shuffle_ps::<0xEE>(t4, t6));
+        store(_mm256_permute2f128_ps::<0x20>(u, v), 1);
+        store(_mm256_permute2f128_ps::<0x31>(u, v), 5);
+        let (u, v) = (_mm256_shuffle_ps::<0x44>(t1, t3), _mm256_shuffle_ps::<0x44>(t5, t7));
+        store(_mm256_permute2f128_ps::<0x20>(u, v), 2);
+        store(_mm256_permute2f128_ps::<0x31>(u, v), 6);
+        let (u, v) = (_mm256_shuffle_ps::<0xEE>(t1, t3), _mm256_shuffle_ps::<0xEE>(t5, t7));
+        store(_mm256_permute2f128_ps::<0x20>(u, v), 3);
+        store(_mm256_permute2f128_ps::<0x31>(u, v), 7);
+    }
 }
 
 /// `f32` vectors of an rten-simd instruction set.
@@ -235,6 +291,19 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
         let power = ints.shift_left::<23>(ints.add(ops.to_int_trunc(n), ints.splat(127)));
         let y = ops.mul(y, power.reinterpret_cast());
         ops.select(ops.zero(), y, ops.lt(x, ops.splat(-87.336_54)))
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn transpose(self, from: *const f32, from_ld: usize, to: *mut f32, to_ld: usize) {
+        // SAFETY: the caller's promise; of this architecture's instruction sets, those with as many
+        // lanes include AVX.
+        unsafe {
+            if self.lanes() >= 8 {
+                avx_transpose(from, from_ld, to, to_ld);
+            } else {
+                transpose(from, from_ld, to, to_ld);
+            }
+        }
     }
     #[inline(always)]
     fn sigmoid(self, x: I::F32) -> I::F32 {

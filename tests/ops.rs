@@ -5,12 +5,14 @@ mod common;
 
 use common::owned::{
     XUnitForward, XUnitGradients, depthwise_backward, depthwise_forward, xunit_backward,
-    xunit_forward,
+    xunit_backward_in, xunit_forward, xunit_forward_in,
 };
 use common::{Noise, close, close_beside, flat, nan, on_every_isa, same_bits};
 use ndarray::{Array1, Array3, Array4, s};
 use xunit_rs::kernels::activation::Gate;
-use xunit_rs::ops::{self, DepthwiseGradients, Norm, Pointwise, Variant, XUnit, XUnitSaved};
+use xunit_rs::ops::{
+    self, DepthwiseGradients, Layout, Norm, Pointwise, Variant, XUnit, XUnitSaved,
+};
 use xunit_rs::parallel::Threads;
 use xunit_rs::reference::{self, Stats};
 use xunit_rs::shape::{Batch, Conv, Geometry, ShapeError};
@@ -176,11 +178,64 @@ impl<T: Scalar> Owned<T> {
         let (d, p) = (forward.d.as_deref().unwrap(), forward.p.as_deref());
         let gradients =
             xunit_backward(&self.unit(), batch, grad, XUnitSaved { x, d, p }, threads).unwrap();
+        self.is_the_same_in_channels_last(batch, x, grad, threads, (&forward, &gradients));
         for norm in self.norms.iter_mut().flatten().filter(|norm| norm.training) {
             norm.stats = None;
         }
         (forward, gradients)
     }
+
+    /// The norms have the statistics of the batch already.
+    fn is_the_same_in_channels_last(
+        &self,
+        batch: Batch,
+        x: &[T],
+        grad: &[T],
+        threads: usize,
+        (forward, gradients): (&XUnitForward<T>, &XUnitGradients<T>),
+    ) {
+        let mut unit = self.unit();
+        let (last, layout) = (|t: &[T]| to_channels_last(batch, t), Layout::ChannelsLast);
+        let (x, grad) = (&last(x)[..], &last(grad)[..]);
+        let (d, p) = (forward.d.as_deref().unwrap(), forward.p.as_deref());
+        let saved = XUnitSaved { x, d, p };
+        let got = xunit_backward_in(layout, &unit, batch, grad, saved, threads).unwrap();
+        let name = |what: &'static str| move || format!("{what} in channels_last");
+        same_bits(&got.x, &last(&gradients.x), name("gradient to x"));
+        let pairs = |g: &XUnitGradients<T>| -> Vec<T> {
+            let norms = [&g.norm1, &g.norm2].into_iter().flatten();
+            let norms = norms.flat_map(|(weight, bias)| [weight, bias]);
+            let pointwise = [&g.pointwise_weight, &g.pointwise_bias].into_iter().flatten();
+            let all = [&g.weight, &g.bias].into_iter().chain(pointwise).chain(norms);
+            all.flatten().copied().collect()
+        };
+        same_bits(&pairs(&got), &pairs(gradients), name("gradients to parameters"));
+        for (norm, own) in [&mut unit.norm1, &mut unit.norm2].into_iter().zip(&self.norms) {
+            if let (Some(norm), Some(own)) = (norm, own) {
+                norm.stats = norm.stats.filter(|_| !own.training);
+            }
+        }
+        for save in [true, false] {
+            let got = xunit_forward_in(layout, &unit, batch, x, save, threads).unwrap();
+            same_bits(&got.out, &last(&forward.out), name("out"));
+            if save {
+                same_bits(got.d.as_ref().unwrap(), d, name("d"));
+                same_bits(got.p.as_deref().unwrap_or_default(), p.unwrap_or_default(), name("p"));
+                assert_eq!(got.stats1, forward.stats1);
+                assert_eq!(got.stats2, forward.stats2);
+            }
+        }
+    }
+}
+
+/// (N, H, W, C) from (N, C, H, W).
+fn to_channels_last<T: Scalar>(batch: Batch, t: &[T]) -> Vec<T> {
+    let at = |i: usize| {
+        let (pixel, c) = (i / batch.c, i % batch.c);
+        let (n, pixel) = (pixel / batch.plane(), pixel % batch.plane());
+        t[(n * batch.c + c) * batch.plane() + pixel]
+    };
+    (0..t.len()).map(at).collect()
 }
 
 impl<T: Scalar> OwnedNorm<T> {

@@ -67,7 +67,7 @@ def test_xunits_are_bit_identical(variant, gate, dtype):
             for there, found in zip(which, stats, strict=True)
         ]
         p, gp = (p, gp) if dense else (None, None)
-        _core.xunit_forward(variant, gate, x, *pw, weight, bias, *norms, out, d, p, threads)
+        _core.xunit_forward(variant, gate, x, *pw, weight, bias, *norms, out, d, p, False, threads)
         grads = [np.full_like(t, np.nan) if t is not None else None for t in (*pw, weight, bias)]
         pairs = [tuple(np.full(c, np.nan, dtype) for _ in range(2)) for _ in which]
         used = [
@@ -75,7 +75,7 @@ def test_xunits_are_bit_identical(variant, gate, dtype):
             for there, found, pair in zip(which, stats, pairs, strict=True)
         ]
         _core.xunit_backward(
-            variant, gate, grad, x, d, p, pw[0], weight, *used, gx, gp, *grads, threads
+            variant, gate, grad, x, d, p, pw[0], weight, *used, gx, gp, *grads, False, threads
         )
         found = [t for there, *pair in zip(which, stats, pairs, strict=True) if there for t in pair]
         results.append((out, d, p, gx, *grads, *(t for pair in found for t in pair)))

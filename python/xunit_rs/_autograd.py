@@ -141,8 +141,6 @@ def xunit(
     affine = [t for bn in norms for t in (bn[:2] if bn is not None else (None, None))]
     inputs = (*operands, *affine)
     graph = _needs_graph(inputs)
-    if backend == "auto" and not graph and _is_torchs(x, norms, training):
-        return fallback()
     values = x.numel() // x.shape[1]
     for bn, live in zip(norms, training, strict=True):
         if values == 1 and bn is not None and (live or bn.running_mean is None):
@@ -259,25 +257,6 @@ def _not_plain(t: Tensor) -> str | None:
     if t.data_ptr() % t.element_size():
         return "a tensor's memory is not aligned to its elements"
     return None
-
-
-def _is_torchs(x: Tensor, norms: Sequence[BatchNormState | None], training: Sequence[bool]) -> bool:
-    """Whether torch is faster in a pass without gradients: on large tensors in channels_last.
-
-    The kernels but those of evaluation work on planes, so that x and the result are copied
-    from one layout to the other: 0.2 to 0.5 times torch's speed at 16×64×64×64, k = 7
-    (benches/compare.py). With gradients they are 2 times as fast all the same.
-    """
-    given = all(
-        bn is None or (not live and bn.running_mean is not None)
-        for bn, live in zip(norms, training, strict=True)
-    )
-    return (
-        not x.is_contiguous()
-        and _is_channels_last(x)
-        and x.numel() >= 1 << 16
-        and not (given and _evaluates_channels_last(x))
-    )
 
 
 def _evaluates_channels_last(x: Tensor) -> bool:
@@ -566,17 +545,20 @@ def _unit_forward(
             torch.get_num_threads(),
         )
         return out.to(x.dtype), (None, None), statistics
-    out = _empty(x, dtype)
+    last = not x.is_contiguous() and _is_channels_last(x)
+    layout = torch.channels_last if last else torch.contiguous_format
+    out = torch.empty_like(x, dtype=dtype, memory_format=layout)
     d = _empty(x, dtype) if save else None
     p = _empty(x, dtype) if save and call.variant == "dense" else None
     _core.xunit_forward(
         call.variant,
         call.gate,
-        _ready(x, dtype),
+        _ready(_in_order(x, last), dtype),
         *parameters,
-        _to_write(out),
+        _to_write(_in_order(out, last)),
         _to_write(d),
         _to_write(p),
+        last,
         torch.get_num_threads(),
     )
     for running_stat, follow_stat in updated:
@@ -584,7 +566,7 @@ def _unit_forward(
             running_stat.copy_(follow_stat)
         elif not running_stat.is_inference():
             torch.autograd.graph.increment_version(running_stat)
-    return _given_back(out, x, x.dtype), (d, p), statistics
+    return out.to(x.dtype), (d, p), statistics
 
 
 def _copy(t: Tensor) -> Tensor:
@@ -636,9 +618,10 @@ def _unit_backward(
     d, p = saved
     assert x is not None and weight is not None and d is not None
     dtype = _compute_dtype(x.dtype)
-    grads: list[Vector] = [
-        None if t is None else _empty(t, dtype) for t in (x, pw_weight, pw_bias, weight, bias)
-    ]
+    last = not x.is_contiguous() and _is_channels_last(x)
+    layout = torch.channels_last if last else torch.contiguous_format
+    grads: list[Vector] = [torch.empty_like(x, dtype=dtype, memory_format=layout)]
+    grads += [None if t is None else _empty(t, dtype) for t in (pw_weight, pw_bias, weight, bias)]
     norms: list[Any] = []
     for i, (bn, stats) in enumerate(zip(call.norms, statistics, strict=True)):
         if bn is None or stats is None:
@@ -654,20 +637,21 @@ def _unit_backward(
     _core.xunit_backward(
         call.variant,
         call.gate,
-        _ready(grad, dtype),
-        _ready(x, dtype),
+        _ready(_in_order(grad, last), dtype),
+        _ready(_in_order(x, last), dtype),
         _ready(d, dtype),
         _optional(p, dtype),
         _optional(pw_weight, dtype),
         _ready(weight, dtype),
         norms[0],
         norms[1],
-        _to_write(grads[0]),
+        _to_write(None if grads[0] is None else _in_order(grads[0], last)),
         _to_write(gp),
         _to_write(grads[1]),
         _to_write(grads[2]),
         _to_write(grads[3]),
         _to_write(grads[4]),
+        last,
         torch.get_num_threads(),
     )
     return _gradients(grads, inputs, needs)

@@ -82,6 +82,7 @@ def xunit_forward(
     out: _Array,
     d: _Array | None,
     p: _Array | None,
+    channels_last: bool,
     threads: int,
 ) -> None: ...
 def xunit_backward(
@@ -101,6 +102,7 @@ def xunit_backward(
     gpw_bias: _Array | None,
     gweight: _Array,
     gbias: _Array | None,
+    channels_last: bool,
     threads: int,
 ) -> None: ...
 def build_info() -> dict[str, str]: ...

@@ -9,6 +9,7 @@ pub mod conv;
 pub mod general;
 pub mod peak;
 pub mod product;
+pub mod transpose;
 pub mod winograd;
 
 /// The most lanes that any vector has.

@@ -8,6 +8,7 @@
 mod channels_last;
 mod depthwise;
 mod evaluate;
+mod groups;
 mod phases;
 mod pointwise;
 pub(crate) mod scratch;
@@ -18,6 +19,7 @@ use std::marker::PhantomData;
 pub use channels_last::{depthwise_backward_channels_last, depthwise_forward_channels_last};
 pub use depthwise::{DepthwiseGradients, depthwise_backward, depthwise_forward};
 pub use evaluate::xunit_evaluate_channels_last;
+pub use groups::Layout;
 pub use pointwise::Pointwise;
 pub use xunit::{
     BatchStats, Norm, PointwiseGradients, Running, Variant, XUnit, XUnitGradients, XUnitOutput,
@@ -30,6 +32,8 @@ use crate::shape::{Batch, Geometry, ShapeError, shape_error};
 struct Planes<'a, T> {
     ptr: *mut T,
     batch: Batch,
+    /// The channel that its first one is.
+    first: usize,
     tensor: PhantomData<&'a mut [T]>,
 }
 
@@ -38,8 +42,13 @@ unsafe impl<T: Send> Sync for Planes<'_, T> {}
 
 impl<'a, T> Planes<'a, T> {
     fn new(tensor: &'a mut [T], batch: Batch) -> Self {
+        Self::group(tensor, batch, 0)
+    }
+
+    /// Of the channels from `first` on.
+    fn group(tensor: &'a mut [T], batch: Batch, first: usize) -> Self {
         assert_eq!(tensor.len(), batch.size());
-        Self { ptr: tensor.as_mut_ptr(), batch, tensor: PhantomData }
+        Self { ptr: tensor.as_mut_ptr(), batch, first, tensor: PhantomData }
     }
 
     /// The first element of image n.
@@ -54,11 +63,27 @@ impl<'a, T> Planes<'a, T> {
     /// No other reference to the same plane may live.
     #[allow(clippy::mut_from_ref)]
     unsafe fn plane(&self, n: usize, c: usize) -> &mut [T] {
+        let c = c.wrapping_sub(self.first);
         assert!(n < self.batch.n && c < self.batch.c);
         let len = self.batch.plane();
-        // SAFETY: the plane is inside the tensor, whose length `new` checks; the caller vouches
+        // SAFETY: the plane is inside the tensor, whose length `group` checks; the caller vouches
         // for exclusivity.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.add((n * self.batch.c + c) * len), len) }
+    }
+}
+
+/// A tensor that channel tasks read, or its channels from `first` on.
+#[derive(Clone, Copy)]
+struct Source<'a, T> {
+    tensor: &'a [T],
+    batch: Batch,
+    first: usize,
+}
+
+impl<'a, T> Source<'a, T> {
+    /// Plane (n, c).
+    fn plane(&self, n: usize, c: usize) -> &'a [T] {
+        plane(self.tensor, self.batch, n, c - self.first)
     }
 }
 

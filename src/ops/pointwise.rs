@@ -4,7 +4,11 @@
 use std::ops::Range;
 
 use super::Planes;
+use super::groups::Layout;
+use super::scratch::Scratch;
+use crate::kernels::MAX_LANES;
 use crate::kernels::product::{Columns, Inner, Packed, Rows, RowsMut, Start};
+use crate::kernels::transpose::Transpose;
 use crate::parallel::{self, Threads};
 use crate::shape::Batch;
 use crate::simd::{self, Scalar};
@@ -67,23 +71,83 @@ impl Panels {
     }
 }
 
+/// Panels of tensors in channels_last, copied to rows.
+impl Panels {
+    /// The distance of the rows: no multiple of what one way of the first-level cache holds.
+    fn ld(&self, i: usize) -> usize {
+        self.pixels(i).1.len() + MAX_LANES
+    }
+
+    fn gather<T: Scalar>(&self, tensor: &[T], i: usize) -> Scratch<T> {
+        let (Batch { c, .. }, plane) = (self.batch, self.batch.plane());
+        let (n, pixels) = self.pixels(i);
+        let from = &tensor[(n * plane + pixels.start) * c..][..pixels.len() * c];
+        let mut copy = Scratch::new(c * self.ld(i));
+        simd::dispatch(Transpose::gather((from, c), (&mut copy, self.ld(i)), pixels.len(), c));
+        copy
+    }
+
+    fn rows_of_copy<'a, T: Scalar>(&self, copy: &'a [T], i: usize) -> Rows<'a, T> {
+        Rows::new(copy, self.batch.c, self.ld(i), self.pixels(i).1.len())
+    }
+
+    /// Lets `change` see panel i of a tensor in channels_last as rows, by way of `copy`.
+    ///
+    /// # Safety
+    /// No other reference to the same pixels may live.
+    unsafe fn exchange<T: Scalar>(
+        &self,
+        tensor: &Planes<'_, T>,
+        i: usize,
+        copy: &mut [T],
+        change: impl FnOnce(RowsMut<'_, T>),
+    ) {
+        let Batch { c, .. } = self.batch;
+        let (n, pixels) = self.pixels(i);
+        let (count, ld) = (pixels.len(), self.ld(i));
+        // SAFETY: these pixels are inside image n; the caller vouches for the rest.
+        let to = unsafe {
+            std::slice::from_raw_parts_mut(tensor.image(n).add(pixels.start * c), count * c)
+        };
+        simd::dispatch(Transpose::gather((&*to, c), (&mut *copy, ld), count, c));
+        change(RowsMut::new(copy, c, ld, count));
+        // SAFETY: all channels of pixels that are borrowed here.
+        simd::dispatch(unsafe { Transpose::scatter((copy, ld), (to.as_mut_ptr(), c), count, c) });
+    }
+}
+
 impl<T: Scalar> Pointwise<'_, T> {
-    /// p\[n\] = weight · x\[n\] + bias.
-    pub(super) fn forward(&self, batch: Batch, x: &[T], p: &mut [T], threads: Threads) {
+    /// p\[n\] = weight · x\[n\] + bias; x lies as `layout` says, p in planes.
+    pub(super) fn forward(
+        &self,
+        batch: Batch,
+        layout: Layout,
+        x: &[T],
+        p: &mut [T],
+        threads: Threads,
+    ) {
         let weight = Packed::new(self.weight, batch.c, batch.c);
         let (panels, p) = (Panels::new(batch), Planes::new(p, batch));
         parallel::for_each(threads, panels.len(), |i| {
             let start = self.bias.map_or(Start::Zero, Start::Bias);
             // SAFETY: this task alone names panel i.
             let c = unsafe { panels.rows_mut(&p, i) };
-            simd::dispatch(Columns { a: &weight, b: panels.rows(x, i), start, c });
+            let copy = (layout == Layout::ChannelsLast).then(|| panels.gather(x, i));
+            let b = match &copy {
+                Some(copy) => panels.rows_of_copy(copy, i),
+                None => panels.rows(x, i),
+            };
+            simd::dispatch(Columns { a: &weight, b, start, c });
         });
     }
 
-    /// Adds weightᵀ · gp to gx and writes the weight's gradient Σₙ gp\[n\] · x\[n\]ᵀ.
+    /// Adds weightᵀ · gp to gx and writes the weight's gradient Σₙ gp\[n\] · x\[n\]ᵀ; x and gx lie as
+    /// `layout` says, gp in planes.
+    #[allow(clippy::too_many_arguments)]
     pub(super) fn backward(
         &self,
         batch: Batch,
+        layout: Layout,
         gp: &[T],
         x: &[T],
         gx: &mut [T],
@@ -101,12 +165,20 @@ impl<T: Scalar> Pointwise<'_, T> {
             // SAFETY: this task alone names its part and the panels i ≡ part.
             let sum = unsafe { sum_planes.plane(part, 0) };
             for i in (part..panels.len()).step_by(parts) {
-                let (a, b) = (panels.rows(gp, i), panels.rows(x, i));
-                simd::dispatch(Inner { a, b, sum: &mut *sum });
+                let a = panels.rows(gp, i);
+                let columns = |c: RowsMut<'_, T>| {
+                    simd::dispatch(Columns { a: &weight, b: a, start: Start::Sum, c });
+                };
+                if layout == Layout::Planes {
+                    simd::dispatch(Inner { a, b: panels.rows(x, i), sum: &mut *sum });
+                    // SAFETY: as above.
+                    columns(unsafe { panels.rows_mut(&gx, i) });
+                    continue;
+                }
+                let mut copy = panels.gather(x, i);
+                simd::dispatch(Inner { a, b: panels.rows_of_copy(&copy, i), sum: &mut *sum });
                 // SAFETY: as above.
-                let to = unsafe { panels.rows_mut(&gx, i) };
-                let b = panels.rows(gp, i);
-                simd::dispatch(Columns { a: &weight, b, start: Start::Sum, c: to });
+                unsafe { panels.exchange(&gx, i, &mut copy, columns) };
             }
         });
         for (at, to) in gweight.iter_mut().enumerate() {

@@ -27,12 +27,15 @@ pub(crate) struct Scratch<T> {
 
 impl<T: Scalar> Scratch<T> {
     pub(crate) fn new(len: usize) -> Self {
-        let mut lines = SPARE.with_borrow_mut(Vec::pop).unwrap_or_default();
         let count = (len * size_of::<T>()).div_ceil(size_of::<Line>());
-        if lines.len() < count {
-            // Not grown: that would copy what nobody reads.
-            lines = memory::filled(count, Line([0; 64]));
-        }
+        // The smallest that will do; none is grown, which would copy what nobody reads.
+        let lines = SPARE.with_borrow_mut(|spare| {
+            let long = |lines: &Vec<Line>| count > 0 && lines.len() >= count;
+            let fits = spare.iter().enumerate().filter(|(_, lines)| long(lines));
+            let best = fits.min_by_key(|(_, lines)| lines.len()).map(|(i, _)| i);
+            best.map(|i| spare.swap_remove(i))
+        });
+        let lines = lines.unwrap_or_else(|| memory::filled(count, Line([0; 64])));
         Self { lines, len, kind: PhantomData }
     }
 }
@@ -40,11 +43,17 @@ impl<T: Scalar> Scratch<T> {
 impl<T> Drop for Scratch<T> {
     fn drop(&mut self) {
         let lines = std::mem::take(&mut self.lines);
+        if lines.is_empty() || lines.len() > KEPT_LINES {
+            return;
+        }
         // The thread may be ending, and its spare memory be gone.
         let _ = SPARE.try_with(|spare| {
             let mut spare = spare.borrow_mut();
-            if spare.iter().map(Vec::len).sum::<usize>() + lines.len() <= KEPT_LINES {
-                spare.push(lines);
+            // The smallest give way: they are the quickest to have anew.
+            spare.push(lines);
+            spare.sort_unstable_by_key(Vec::len);
+            while spare.iter().map(Vec::len).sum::<usize>() > KEPT_LINES {
+                spare.remove(0);
             }
         });
     }

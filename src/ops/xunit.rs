@@ -6,9 +6,10 @@
 
 use std::ops::Range;
 
+use super::groups::{Groups, Layout};
 use super::pointwise::Pointwise;
 use super::scratch::{Scratch, Window};
-use super::{Planes, expect_len, optional_len, plane, turned};
+use super::{Planes, Source, expect_len, optional_len, turned};
 use crate::kernels::activation::{
     AddFinished, Affine, Apply, FillGradient, Finish, Gate, GateGradient, NormGradient,
     ReluGradient, Sums,
@@ -231,11 +232,13 @@ pub(super) const POINTWISE_WORK: usize = 16;
 
 /// Forward of an xUnit: out = x · g(d).
 ///
-/// x is (N, C, H, W) contiguous. [`xunit_backward`] wants `output.d` (and `output.p`). Errors if a
-/// length does not fit, or a batch norm in training sees one value per channel.
+/// x and out are (N, C, H, W) or, as `layout` says, (N, H, W, C); all else is in planes. Contiguous.
+/// [`xunit_backward`] wants `output.d` (and `output.p`). Errors if a length does not fit, or a batch
+/// norm in training sees one value per channel.
 pub fn xunit_forward<T: Scalar>(
     unit: &XUnit<'_, T>,
     batch: Batch,
+    layout: Layout,
     x: &[T],
     output: XUnitOutput<'_, T>,
     threads: Threads,
@@ -248,35 +251,76 @@ pub fn xunit_forward<T: Scalar>(
     for (norm, stats) in [(&unit.norm1, &stats1), (&unit.norm2, &stats2)] {
         check_stats(norm, stats, batch.c)?;
     }
-    let (taps, k) = (unit.kernel * unit.kernel, unit.kernel);
-    let threads = threads.for_work(batch.size() * (taps + POINTWISE_WORK));
+    let threads = threads.for_work(batch.size() * (unit.kernel * unit.kernel + POINTWISE_WORK));
     let mut own = Vec::new();
-    let u = match unit.pointwise {
+    let p = match unit.pointwise {
         Some(pointwise) => {
             let p = p.unwrap_or_else(|| {
                 own = memory::filled(batch.size(), T::ZERO);
                 &mut own
             });
-            pointwise.forward(batch, x, p, threads);
-            &*p
+            pointwise.forward(batch, layout, x, p, threads);
+            Some(Source { tensor: &*p, batch, first: 0 })
         }
-        None => x,
+        None => None,
     };
-
     let mut stats = vec![0.0; 4 * batch.c];
     let out_planes = Planes::new(out, batch);
-    let d_planes = d.map(|d| Planes::new(d, batch));
     let stats_planes = Planes::new(&mut stats, Batch { n: 1, c: batch.c, h: 1, w: 4 });
-    // Without statistics of d to wait for, each strip is gated as soon as it is convolved.
-    let waits = unit.norm2.is_some_and(|norm| norm.stats.is_none());
+    let task = Forward { unit, geometry, p, d: d.map(|d| Planes::new(d, batch)) };
+    match layout {
+        Layout::Planes => parallel::for_each(threads, batch.c, |c| {
+            // SAFETY: this task alone names channel c.
+            let stats = unsafe { stats_planes.plane(0, c) };
+            task.channel(c, Source { tensor: x, batch, first: 0 }, &out_planes, stats);
+        }),
+        Layout::ChannelsLast => {
+            let groups = Groups::new::<T>(batch, threads);
+            parallel::for_each(threads, groups.len(), |i| {
+                let (first, group) = groups.group(i);
+                let x = groups.gather(x, i);
+                let mut out = Scratch::new(group.size());
+                let planes = Planes::group(&mut out, group, first);
+                for c in first..first + group.c {
+                    // SAFETY: this task alone names channel c.
+                    let stats = unsafe { stats_planes.plane(0, c) };
+                    task.channel(c, groups.source(&x, i), &planes, stats);
+                }
+                // SAFETY: this task alone names these channels.
+                unsafe { groups.scatter(&out, &out_planes, i) };
+            });
+        }
+    }
+    let count = (batch.n * batch.plane()) as f64;
+    for (i, given) in [(0, stats1), (2, stats2)] {
+        if let Some(given) = given {
+            given.write(stats.chunks_exact(4).map(|s| (s[i], s[i + 1])), count);
+        }
+    }
+    Ok(())
+}
 
-    parallel::for_each(threads, batch.c, |c| {
-        // SAFETY: this task alone names channel c.
-        let stats = unsafe { stats_planes.plane(0, c) };
+/// What the channel tasks of [`xunit_forward`] share.
+struct Forward<'a, T> {
+    unit: &'a XUnit<'a, T>,
+    geometry: Geometry,
+    p: Option<Source<'a, T>>,
+    d: Option<Planes<'a, T>>,
+}
+
+impl<T: Scalar> Forward<'_, T> {
+    /// All planes of channel c, from x to out; leaves mean and variance of both norms in `stats`.
+    /// No other task may name the channel.
+    fn channel(&self, c: usize, x: Source<'_, T>, out: &Planes<'_, T>, stats: &mut [f64]) {
+        let Self { unit, geometry, p, d } = self;
+        let (batch, k, taps) = (geometry.input, unit.kernel, unit.kernel * unit.kernel);
+        let u = p.unwrap_or(x);
+        // Without statistics of d to wait for, each strip is gated as soon as it is convolved.
+        let waits = unit.norm2.is_some_and(|norm| norm.stats.is_none());
         let first = match &unit.norm1 {
             Some(norm) if norm.stats.is_none() => {
                 let mut statistics = Statistics::default();
-                (0..batch.n).for_each(|n| statistics.add(plane(u, batch, n, c)));
+                (0..batch.n).for_each(|n| statistics.add(u.plane(n, c)));
                 (stats[0], stats[1]) = (statistics.mean(), statistics.var());
                 Channel::new(norm, c, stats[0], stats[1])
             }
@@ -289,20 +333,20 @@ pub fn xunit_forward<T: Scalar>(
         let gate = |x: &[T], d: &[T], channel: &Channel<T>, out: &mut [T]| {
             simd::dispatch(Apply { gate: unit.gate, x, d, affine: channel.affine, out });
         };
-        let mut window = Window::new(&geometry);
-        let strip = window.strip(&geometry);
-        let keeps = waits || d_planes.is_some();
+        let mut window = Window::new(geometry);
+        let strip = window.strip(geometry);
+        let keeps = waits || d.is_some();
         let mut scratch = Scratch::new(if keeps { 0 } else { strip * batch.w });
         let mut statistics = Statistics::default();
         for n in 0..batch.n {
-            let (x, u) = (plane(x, batch, n, c), plane(u, batch, n, c));
+            let (x, u) = (x.plane(n, c), u.plane(n, c));
             for y in (0..batch.h).step_by(strip) {
                 let end = (y + strip).min(batch.h);
                 let pixels = y * batch.w..end * batch.w;
                 window.slide_over(y..end + k - 1, u, relu_of);
                 // SAFETY: this task alone names channel c, and `d` and `out` are two tensors.
-                let out = &mut unsafe { out_planes.plane(n, c) }[pixels.clone()];
-                let (d, out) = match &d_planes {
+                let out = &mut unsafe { out.plane(n, c) }[pixels.clone()];
+                let (d, out) = match d {
                     // SAFETY: as above.
                     Some(planes) => (&mut unsafe { planes.plane(n, c) }[pixels.clone()], Some(out)),
                     // Where d is not kept but its statistics are awaited, it waits in the output.
@@ -330,11 +374,11 @@ pub fn xunit_forward<T: Scalar>(
         if let (None, Some(norm)) = (given, &unit.norm2) {
             (stats[2], stats[3]) = (statistics.mean(), statistics.var());
             let channel = Channel::new(norm, c, stats[2], stats[3]);
-            let mut copy = Scratch::new(if d_planes.is_some() { 0 } else { batch.plane() });
+            let mut copy = Scratch::new(if d.is_some() { 0 } else { batch.plane() });
             for n in 0..batch.n {
                 // SAFETY: this task alone names channel c.
-                let (x, out) = (plane(x, batch, n, c), unsafe { out_planes.plane(n, c) });
-                match &d_planes {
+                let (x, out) = (x.plane(n, c), unsafe { out.plane(n, c) });
+                match d {
                     // SAFETY: as above; the two tensors differ.
                     Some(planes) => gate(x, unsafe { planes.plane(n, c) }, &channel, out),
                     None => {
@@ -344,22 +388,17 @@ pub fn xunit_forward<T: Scalar>(
                 }
             }
         }
-    });
-    let count = (batch.n * batch.plane()) as f64;
-    for (i, given) in [(0, stats1), (2, stats2)] {
-        if let Some(given) = given {
-            given.write(stats.chunks_exact(4).map(|s| (s[i], s[i + 1])), count);
-        }
     }
-    Ok(())
 }
 
 /// Backward of an xUnit, from `grad` at out.
 ///
-/// The norms carry the statistics that forward used. Errors if a length does not fit.
+/// grad, x and its gradient lie as `layout` says, all else in planes. The norms carry the statistics
+/// that forward used. Errors if a length does not fit.
 pub fn xunit_backward<T: Scalar>(
     unit: &XUnit<'_, T>,
     batch: Batch,
+    layout: Layout,
     grad: &[T],
     saved: XUnitSaved<'_, T>,
     gradients: XUnitGradients<'_, T>,
@@ -372,27 +411,100 @@ pub fn xunit_backward<T: Scalar>(
     optional_len("p", p, batch.size())?;
     check_gradients(unit, batch, p, &gradients)?;
     let XUnitGradients { x: gx, mut pointwise, weight: gweight, bias, norm1, norm2 } = gradients;
-    let (taps, k) = (unit.kernel * unit.kernel, unit.kernel);
+    let taps = unit.kernel * unit.kernel;
     let threads = threads.for_work(batch.size() * (taps + POINTWISE_WORK));
-    let u = p.unwrap_or(x);
-    let count = (batch.n * batch.plane()) as f64;
 
     // Per channel: taps, bias, norm 1 (weight, bias), norm 2 (weight, bias), pointwise bias.
     let width = taps + 6;
     let mut sums = vec![0.0; batch.c * width];
     let gx_planes = Planes::new(&mut *gx, batch);
-    let gp_planes = pointwise.as_mut().map(|pointwise| Planes::new(&mut *pointwise.p, batch));
     let sum_planes = Planes::new(&mut sums, Batch { n: 1, c: batch.c, h: 1, w: width });
-    let (waits1, waits2) = (is_training(&unit.norm1), is_training(&unit.norm2));
+    let whole = |tensor| Source { tensor, batch, first: 0 };
+    let gp = pointwise.as_mut().map(|pointwise| Planes::new(&mut *pointwise.p, batch));
+    let task = Backward { unit, geometry, d: whole(d), p: p.map(whole), gp };
+    match layout {
+        Layout::Planes => parallel::for_each(threads, batch.c, |c| {
+            // SAFETY: this task alone names channel c.
+            task.channel(c, whole(grad), whole(x), &gx_planes, unsafe { sum_planes.plane(0, c) });
+        }),
+        Layout::ChannelsLast => {
+            let groups = Groups::new::<T>(batch, threads);
+            parallel::for_each(threads, groups.len(), |i| {
+                let (first, group) = groups.group(i);
+                let (grad, x) = (groups.gather(grad, i), groups.gather(x, i));
+                let (grad, x) = (groups.source(&grad, i), groups.source(&x, i));
+                let mut gx = Scratch::new(group.size());
+                let planes = Planes::group(&mut gx, group, first);
+                for c in first..first + group.c {
+                    // SAFETY: this task alone names channel c.
+                    task.channel(c, grad, x, &planes, unsafe { sum_planes.plane(0, c) });
+                }
+                // SAFETY: this task alone names these channels.
+                unsafe { groups.scatter(&gx, &gx_planes, i) };
+            });
+        }
+    }
+    let column = |i: usize, factor: f64, to: &mut [T]| {
+        for (to, sum) in to.iter_mut().zip(sums.chunks_exact(width)) {
+            *to = T::from_f64(sum[i] * factor);
+        }
+    };
+    for (to, sum) in gweight.chunks_exact_mut(taps).zip(sums.chunks_exact(width)) {
+        to.iter_mut().zip(sum).for_each(|(to, &sum)| *to = T::from_f64(sum));
+    }
+    for (norm, at) in [(norm1, taps + 1), (norm2, taps + 3)] {
+        if let Some((weight, bias)) = norm {
+            column(at, 1.0, weight);
+            column(at + 1, 1.0, bias);
+        }
+    }
+    // Batch norm in training subtracts a bias ahead of it again: the exact gradient is zero, where
+    // a sum would return its rounding. Times zero, not zero, so that NaN and infinity show.
+    let factor = |norm| if is_training(norm) { 0.0 } else { 1.0 };
+    if let Some(bias) = bias {
+        column(taps, factor(&unit.norm2), bias);
+    }
+    if let (Some(gradients), Some(pointwise)) = (pointwise, &unit.pointwise) {
+        if let Some(bias) = gradients.bias {
+            column(taps + 5, factor(&unit.norm1), bias);
+        }
+        pointwise.backward(batch, layout, gradients.p, x, gx, gradients.weight, threads);
+    }
+    Ok(())
+}
 
-    parallel::for_each(threads, batch.c, |c| {
-        // SAFETY: this task alone names channel c.
-        let (sum_weight, sum) = unsafe { sum_planes.plane(0, c) }.split_at_mut(taps);
+/// What the channel tasks of [`xunit_backward`] share.
+struct Backward<'a, T> {
+    unit: &'a XUnit<'a, T>,
+    geometry: Geometry,
+    d: Source<'a, T>,
+    p: Option<Source<'a, T>>,
+    gp: Option<Planes<'a, T>>,
+}
+
+impl<T: Scalar> Backward<'_, T> {
+    /// All planes of channel c, from grad to gx (dense: what goes past the gate, and gp); leaves the
+    /// gradients of the taps, and those that [`xunit_backward`] lists, in `sums`. No other task may
+    /// name the channel.
+    fn channel(
+        &self,
+        c: usize,
+        grad: Source<'_, T>,
+        x: Source<'_, T>,
+        gx: &Planes<'_, T>,
+        sums: &mut [f64],
+    ) {
+        let Self { unit, geometry, d, p, gp } = self;
+        let (batch, k, taps) = (geometry.input, unit.kernel, unit.kernel * unit.kernel);
+        let count = (batch.n * batch.plane()) as f64;
+        let (waits1, waits2) = (is_training(&unit.norm1), is_training(&unit.norm2));
+        let u = p.unwrap_or(x);
+        let (sum_weight, sum) = sums.split_at_mut(taps);
         let first = Channel::given(unit.norm1.as_ref(), c);
         let second = Channel::given(unit.norm2.as_ref(), c);
         let weight = turned(&unit.weight[c * taps..][..taps]);
         // The gradient on its way back to u: in gp (dense), else here, of one image or of all.
-        let images = match (&gp_planes, waits1 || waits2) {
+        let images = match (gp, waits1 || waits2) {
             (Some(_), _) => 0,
             (None, true) => batch.n,
             (None, false) => 1,
@@ -401,7 +513,7 @@ pub fn xunit_backward<T: Scalar>(
         let e_planes = Planes::new(&mut scratch, Batch { n: images, c: 1, ..batch });
         // SAFETY: this task alone names channel c, and below no two of these live at a time.
         let on_its_way = |n: usize| unsafe {
-            match &gp_planes {
+            match gp {
                 Some(planes) => planes.plane(n, c),
                 None => e_planes.plane(n.min(images - 1), 0),
             }
@@ -409,12 +521,12 @@ pub fn xunit_backward<T: Scalar>(
         let gate_gradient = |n: usize, sum: &mut [f64]| {
             let (bias, scale) = simd::dispatch(GateGradient {
                 gate: unit.gate,
-                grad: plane(grad, batch, n, c),
-                x: plane(x, batch, n, c),
-                d: plane(d, batch, n, c),
+                grad: grad.plane(n, c),
+                x: x.plane(n, c),
+                d: d.plane(n, c),
                 affine: second.affine,
                 // SAFETY: this task alone names channel c.
-                direct: unsafe { gx_planes.plane(n, c) },
+                direct: unsafe { gx.plane(n, c) },
                 e: on_its_way(n),
             });
             sum[4] += bias;
@@ -428,23 +540,23 @@ pub fn xunit_backward<T: Scalar>(
         let relu_of = (unit.variant != Variant::Slim).then_some(first.affine);
         // The gradient at u, finished by norm 1, goes on to x: directly or through the product.
         let finish = |norm: NormGradient<T>, n: usize, pixels: Range<usize>, gu: &mut [T]| {
-            let u = &plane(u, batch, n, c)[pixels.clone()];
-            if gp_planes.is_none() {
+            let u = &u.plane(n, c)[pixels.clone()];
+            if gp.is_none() {
                 // SAFETY: this task alone names channel c.
-                let sum = &mut unsafe { gx_planes.plane(n, c) }[pixels];
+                let sum = &mut unsafe { gx.plane(n, c) }[pixels];
                 simd::dispatch(AddFinished { norm, x: u, grad: gu, sum });
             } else if unit.norm1.is_some() {
                 simd::dispatch(Finish { norm, x: u, grad: gu });
             }
         };
-        let mut input = Window::new(&geometry);
-        let mut output = Window::new(&geometry);
-        let (ld, strip) = (input.ld, input.strip(&geometry));
+        let mut input = Window::new(geometry);
+        let mut output = Window::new(geometry);
+        let (ld, strip) = (input.ld, input.strip(geometry));
         for n in 0..batch.n {
             if !waits2 {
                 gate_gradient(n, sum);
             }
-            let (u, d, e) = (plane(u, batch, n, c), plane(d, batch, n, c), on_its_way(n));
+            let (u, d, e) = (u.plane(n, c), d.plane(n, c), on_its_way(n));
             for y in (0..batch.h).step_by(strip) {
                 let end = (y + strip).min(batch.h);
                 let pixels = y * batch.w..end * batch.w;
@@ -501,40 +613,13 @@ pub fn xunit_backward<T: Scalar>(
             if waits1 {
                 finish(norm1, n, 0..batch.plane(), on_its_way(n));
             }
-            if gp_planes.is_some() {
+            if gp.is_some() {
                 sum[5] += simd::dispatch(Sums { plane: on_its_way(n), origin: T::ZERO }).0;
             }
         }
         sum[1] = first.normalised([sum[2], sum[1]]);
         sum[3] = second.normalised([sum[4], sum[3]]);
-    });
-    let column = |i: usize, factor: f64, to: &mut [T]| {
-        for (to, sum) in to.iter_mut().zip(sums.chunks_exact(width)) {
-            *to = T::from_f64(sum[i] * factor);
-        }
-    };
-    for (to, sum) in gweight.chunks_exact_mut(taps).zip(sums.chunks_exact(width)) {
-        to.iter_mut().zip(sum).for_each(|(to, &sum)| *to = T::from_f64(sum));
     }
-    for (norm, at) in [(norm1, taps + 1), (norm2, taps + 3)] {
-        if let Some((weight, bias)) = norm {
-            column(at, 1.0, weight);
-            column(at + 1, 1.0, bias);
-        }
-    }
-    // Batch norm in training subtracts a bias ahead of it again: the exact gradient is zero, where
-    // a sum would return its rounding. Times zero, not zero, so that NaN and infinity show.
-    let factor = |waits: bool| if waits { 0.0 } else { 1.0 };
-    if let Some(bias) = bias {
-        column(taps, factor(waits2), bias);
-    }
-    if let (Some(gradients), Some(pointwise)) = (pointwise, &unit.pointwise) {
-        if let Some(bias) = gradients.bias {
-            column(taps + 5, factor(waits1), bias);
-        }
-        pointwise.backward(batch, gradients.p, x, gx, gradients.weight, threads);
-    }
-    Ok(())
 }
 
 fn is_training<T>(norm: &Option<Norm<'_, T>>) -> bool {

@@ -8,8 +8,8 @@ use pyo3::prelude::*;
 use super::{Number, View, by_dtype, detached, disjoint};
 use crate::kernels::activation::Gate;
 use crate::ops::{
-    self, BatchStats, Norm, Pointwise, PointwiseGradients, Running, Variant, XUnit, XUnitGradients,
-    XUnitOutput, XUnitSaved,
+    self, BatchStats, Layout, Norm, Pointwise, PointwiseGradients, Running, Variant, XUnit,
+    XUnitGradients, XUnitOutput, XUnitSaved,
 };
 use crate::parallel::Threads;
 use crate::shape::Batch;
@@ -58,6 +58,21 @@ fn gate_of(name: &str) -> PyResult<Gate> {
         _ => Err(PyValueError::new_err(format!(
             "gate must be 'sigmoid' or 'gaussian', got {name:?}"
         ))),
+    }
+}
+
+fn layout_of(channels_last: bool) -> Layout {
+    if channels_last { Layout::ChannelsLast } else { Layout::Planes }
+}
+
+/// The shape of a tensor that lies in memory as `layout` says.
+fn batch_of<T: Number>(x: &View<'_, T>, layout: Layout) -> PyResult<Batch> {
+    match (x.shape(), layout) {
+        (shape, Layout::Planes) => Ok(Batch::new(shape)?),
+        (&[n, h, w, c], Layout::ChannelsLast) => Ok(Batch::new(&[n, c, h, w])?),
+        (shape, Layout::ChannelsLast) => {
+            Err(PyValueError::new_err(format!("x must have shape (N, H, W, C), got {shape:?}")))
+        }
     }
 }
 
@@ -199,13 +214,14 @@ fn kernel_of<T: Number>(weight: &View<'_, T>, channels: usize) -> PyResult<usize
 }
 
 /// out = x · g(\[BN\] DW(relu(\[BN\] x))) for "xunit", without relu and inner BN for "slim", with a
-/// 1×1 convolution before them for "dense".
+/// 1×1 convolution before them for "dense". x and out have shape (N, C, H, W) or, if channels_last,
+/// (N, H, W, C).
 ///
 /// Writes out; d the depthwise and p the pointwise output, where they are not None; the statistics
 /// of each batch norm that uses the batch's. bn1, bn2: None or (weight or None, bias or None, mean,
 /// var, eps, batch, None or (running mean, running var, momentum)).
 #[pyfunction]
-#[pyo3(signature = (variant, gate, x, pw_weight, pw_bias, weight, bias, bn1, bn2, out, d, p, threads))]
+#[pyo3(signature = (variant, gate, x, pw_weight, pw_bias, weight, bias, bn1, bn2, out, d, p, channels_last, threads))]
 #[allow(clippy::too_many_arguments)]
 pub fn xunit_forward<'py>(
     variant: &str,
@@ -220,11 +236,22 @@ pub fn xunit_forward<'py>(
     out: &Array<'py>,
     d: Option<&Array<'py>>,
     p: Option<&Array<'py>>,
+    channels_last: bool,
     threads: usize,
 ) -> PyResult<()> {
     let kind = (variant_of(variant)?, gate_of(gate)?);
     let parameters = [pw_weight, pw_bias, Some(weight), bias];
-    by_dtype!(x, forward(kind, x, parameters, [bn1, bn2], [Some(out), d, p], threads))
+    by_dtype!(
+        x,
+        forward(
+            kind,
+            x,
+            parameters,
+            [bn1, bn2],
+            [Some(out), d, p],
+            (layout_of(channels_last), threads)
+        )
+    )
 }
 
 fn forward<'py, T: Number>(
@@ -233,19 +260,20 @@ fn forward<'py, T: Number>(
     [pw_weight, pw_bias, weight, bias]: [Option<&Array<'py>>; 4],
     [bn1, bn2]: [Option<ForwardNorm<'py>>; 2],
     [out, d, p]: [Option<&Array<'py>>; 3],
-    threads: usize,
+    (layout, threads): (Layout, usize),
 ) -> PyResult<()> {
     let py = x.py();
     let x = View::<T>::input("x", x)?;
-    let batch = Batch::new(x.shape())?;
+    let batch = batch_of(&x, layout)?;
+    let planes = [batch.n, batch.c, batch.h, batch.w];
     let (pw_weight, pw_bias) =
         (View::read("pw_weight", pw_weight)?, View::read("pw_bias", pw_bias)?);
     let (weight, bias) = (View::read("weight", weight)?, View::read("bias", bias)?);
     let norms = [NormInput::<T>::forward(bn1, batch.c)?, NormInput::forward(bn2, batch.c)?];
     let outputs = [
         View::written("out", out, x.shape())?,
-        View::written("d", d, x.shape())?,
-        View::written("p", p, x.shape())?,
+        View::written("d", d, &planes)?,
+        View::written("p", p, &planes)?,
     ];
     let norms_of = || norms.iter().flatten();
     disjoint(
@@ -270,7 +298,8 @@ fn forward<'py, T: Number>(
             stats2: norm2.as_ref().and_then(|norm| norm.batch_stats()),
         }
     };
-    detached(py, || ops::xunit_forward(&unit, batch, x, output, Threads::Host(threads)))??;
+    let threads = Threads::Host(threads);
+    detached(py, || ops::xunit_forward(&unit, batch, layout, x, output, threads))??;
     Ok(())
 }
 
@@ -294,13 +323,8 @@ pub fn xunit_evaluate_channels_last<'py>(
 ) -> PyResult<()> {
     let (kind, py) = ((variant_of(variant)?, gate_of(gate)?), x.py());
     let x = View::<f32>::input("x", x)?;
-    let &[n, h, w, c] = x.shape() else {
-        return Err(PyValueError::new_err(format!(
-            "x must have shape (N, H, W, C), got {:?}",
-            x.shape()
-        )));
-    };
-    let batch = Batch::new(&[n, c, h, w])?;
+    let batch = batch_of(&x, Layout::ChannelsLast)?;
+    let c = batch.c;
     let (pw_weight, pw_bias) =
         (View::read("pw_weight", pw_weight)?, View::read("pw_bias", pw_bias)?);
     let (weight, bias) = (View::read("weight", Some(weight))?, View::read("bias", bias)?);
@@ -357,10 +381,11 @@ fn unit<'a, T: Number>(
 ///
 /// bn1, bn2: None or (weight or None, bias or None, mean, var, eps, batch, gradient of weight, of
 /// bias), with the statistics that forward used. gp: for the gradient at p on its way, "dense" only.
+/// channels_last: grad, x and gx have shape (N, H, W, C).
 #[pyfunction]
 #[pyo3(signature = (
     variant, gate, grad, x, d, p, pw_weight, weight, bn1, bn2, gx, gp, gpw_weight, gpw_bias, gweight,
-    gbias, threads
+    gbias, channels_last, threads
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn xunit_backward<'py>(
@@ -380,6 +405,7 @@ pub fn xunit_backward<'py>(
     gpw_bias: Option<&Array<'py>>,
     gweight: &Array<'py>,
     gbias: Option<&Array<'py>>,
+    channels_last: bool,
     threads: usize,
 ) -> PyResult<()> {
     let kind = (variant_of(variant)?, gate_of(gate)?);
@@ -387,7 +413,15 @@ pub fn xunit_backward<'py>(
     let gradients = [Some(gx), gp, gpw_weight, gpw_bias, Some(gweight), gbias];
     by_dtype!(
         x,
-        backward(kind, x, saved, [pw_weight, Some(weight)], [bn1, bn2], gradients, threads)
+        backward(
+            kind,
+            x,
+            saved,
+            [pw_weight, Some(weight)],
+            [bn1, bn2],
+            gradients,
+            (layout_of(channels_last), threads)
+        )
     )
 }
 
@@ -398,16 +432,18 @@ fn backward<'py, T: Number>(
     [pw_weight, weight]: [Option<&Array<'py>>; 2],
     [bn1, bn2]: [Option<BackwardNorm<'py>>; 2],
     [gx, gp, gpw_weight, gpw_bias, gweight, gbias]: [Option<&Array<'py>>; 6],
-    threads: usize,
+    (layout, threads): (Layout, usize),
 ) -> PyResult<()> {
     let py = x.py();
     let x = View::<T>::input("x", x)?;
-    let batch = Batch::new(x.shape())?;
-    let c = batch.c;
+    let batch = batch_of(&x, layout)?;
+    let (c, planes) = (batch.c, [batch.n, batch.c, batch.h, batch.w]);
     let saved = [View::read("grad", grad)?, View::read("d", d)?, View::read("p", p)?];
-    for (name, view) in ["grad", "d", "p"].into_iter().zip(&saved) {
+    for ((name, view), shape) in
+        ["grad", "d", "p"].into_iter().zip(&saved).zip([x.shape(), &planes, &planes])
+    {
         if let Some(view) = view {
-            view.expect_shape(name, x.shape())?;
+            view.expect_shape(name, shape)?;
         }
     }
     let (pw_weight, weight) = (View::read("pw_weight", pw_weight)?, View::read("weight", weight)?);
@@ -415,7 +451,7 @@ fn backward<'py, T: Number>(
     let shape_of = |view: &Io<'_, T>| view.as_ref().map_or(vec![], |view| view.shape().to_vec());
     let outputs = [
         View::written("gx", gx, x.shape())?,
-        View::written("gp", gp, x.shape())?,
+        View::written("gp", gp, &planes)?,
         View::written("gpw_weight", gpw_weight, &shape_of(&pw_weight))?,
         View::written("gpw_bias", gpw_bias, &[c])?,
         View::written("gweight", gweight, &shape_of(&weight))?,
@@ -452,6 +488,6 @@ fn backward<'py, T: Number>(
         }
     };
     let (grad, threads) = (grad.unwrap_or_default(), Threads::Host(threads));
-    detached(py, || ops::xunit_backward(&unit, batch, grad, saved, gradients, threads))??;
+    detached(py, || ops::xunit_backward(&unit, batch, layout, grad, saved, gradients, threads))??;
     Ok(())
 }

@@ -2,7 +2,7 @@
 //! be written.
 
 use xunit_rs::ops::{
-    self, BatchStats, PointwiseGradients, Running, XUnit, XUnitOutput, XUnitSaved,
+    self, BatchStats, Layout, PointwiseGradients, Running, XUnit, XUnitOutput, XUnitSaved,
 };
 use xunit_rs::parallel::Threads;
 use xunit_rs::shape::{Batch, Geometry, ShapeError};
@@ -26,6 +26,17 @@ pub struct XUnitForward<T> {
 
 /// Forward, with what backward needs only if `save`.
 pub fn xunit_forward<T: Scalar>(
+    unit: &XUnit<'_, T>,
+    batch: Batch,
+    x: &[T],
+    save: bool,
+    threads: usize,
+) -> Result<XUnitForward<T>, ShapeError> {
+    xunit_forward_in(Layout::Planes, unit, batch, x, save, threads)
+}
+
+pub fn xunit_forward_in<T: Scalar>(
+    layout: Layout,
     unit: &XUnit<'_, T>,
     batch: Batch,
     x: &[T],
@@ -60,7 +71,7 @@ pub fn xunit_forward<T: Scalar>(
         stats1: place(&mut done.stats1, &mut done.running1),
         stats2: place(&mut done.stats2, &mut done.running2),
     };
-    ops::xunit_forward(unit, batch, x, output, Threads::Own(threads))?;
+    ops::xunit_forward(unit, batch, layout, x, output, Threads::Own(threads))?;
     Ok(done)
 }
 
@@ -76,6 +87,17 @@ pub struct XUnitGradients<T> {
 }
 
 pub fn xunit_backward<T: Scalar>(
+    unit: &XUnit<'_, T>,
+    batch: Batch,
+    grad: &[T],
+    saved: XUnitSaved<'_, T>,
+    threads: usize,
+) -> Result<XUnitGradients<T>, ShapeError> {
+    xunit_backward_in(Layout::Planes, unit, batch, grad, saved, threads)
+}
+
+pub fn xunit_backward_in<T: Scalar>(
+    layout: Layout,
     unit: &XUnit<'_, T>,
     batch: Batch,
     grad: &[T],
@@ -107,7 +129,7 @@ pub fn xunit_backward<T: Scalar>(
         norm1: done.norm1.as_mut().map(|(weight, bias)| (&mut weight[..], &mut bias[..])),
         norm2: done.norm2.as_mut().map(|(weight, bias)| (&mut weight[..], &mut bias[..])),
     };
-    ops::xunit_backward(unit, batch, grad, saved, gradients, Threads::Own(threads))?;
+    ops::xunit_backward(unit, batch, layout, grad, saved, gradients, Threads::Own(threads))?;
     Ok(done)
 }
 

@@ -1,0 +1,109 @@
+//! Some channels between channels_last, where a pixel's channels lie side by side, and planes.
+
+use std::marker::PhantomData;
+
+use crate::simd::{Kernel, Scalar, Simd};
+
+/// Extents of a tile: those of [`Simd::transpose`].
+const TILE: usize = 8;
+/// Pixels that are copied at a time: a cache line of a plane, so that planes whose distance is a
+/// multiple of what one way of the cache holds do not push each other's half-written lines out.
+const RUN: usize = 16;
+
+/// to\[c · `to_step`.1 + p · `to_step`.0\] = from\[c · `from_step`.1 + p · `from_step`.0\] for `channels`
+/// channels c of `pixels` pixels p; one of the steps is 1 on each side, not the same.
+pub struct Transpose<'a, T> {
+    from: *const T,
+    from_step: (usize, usize),
+    to: *mut T,
+    to_step: (usize, usize),
+    pixels: usize,
+    channels: usize,
+    data: PhantomData<&'a mut [T]>,
+}
+
+impl<'a, T> Transpose<'a, T> {
+    /// From channels_last, from the first channel of the first pixel on, `step` channels in a pixel,
+    /// to planes of `plane` elements.
+    pub fn gather(
+        (from, step): (&'a [T], usize),
+        (to, plane): (&'a mut [T], usize),
+        pixels: usize,
+        channels: usize,
+    ) -> Self {
+        assert!(channels <= step && pixels <= plane && pixels * channels > 0);
+        assert!(from.len() >= (pixels - 1) * step + channels);
+        assert!(to.len() >= (channels - 1) * plane + pixels);
+        let (from, to) = (from.as_ptr(), to.as_mut_ptr());
+        let (from_step, to_step, data) = ((step, 1), (1, plane), PhantomData);
+        Self { from, from_step, to, to_step, pixels, channels, data }
+    }
+
+    /// From planes to channels_last, as [`Transpose::gather`] the other way; other threads may use the
+    /// other channels of the pixels meanwhile.
+    ///
+    /// # Safety
+    /// For 'a, `channels` elements from each of `pixels` places `step` apart, from `to` on, must be valid
+    /// for writing, and nobody else's.
+    pub unsafe fn scatter(
+        (from, plane): (&'a [T], usize),
+        (to, step): (*mut T, usize),
+        pixels: usize,
+        channels: usize,
+    ) -> Self {
+        assert!(channels <= step && pixels <= plane && pixels * channels > 0);
+        assert!(from.len() >= (channels - 1) * plane + pixels);
+        let from = from.as_ptr();
+        let (from_step, to_step, data) = ((1, plane), (step, 1), PhantomData);
+        Self { from, from_step, to, to_step, pixels, channels, data }
+    }
+}
+
+impl<T: Scalar> Kernel<T> for Transpose<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(self, simd: S) {
+        let whole = (self.pixels - self.pixels % RUN, self.channels - self.channels % TILE);
+        for p in (0..whole.0).step_by(RUN) {
+            for c in (0..whole.1).step_by(TILE) {
+                // SAFETY: pixels p..p + RUN and channels c..c + TILE are inside.
+                unsafe {
+                    self.tile(simd, p, c);
+                    self.tile(simd, p + TILE, c);
+                }
+            }
+            self.rest(p..p + RUN, whole.1..self.channels);
+        }
+        self.rest(whole.0..self.pixels, 0..self.channels);
+    }
+}
+
+impl<T: Scalar> Transpose<'_, T> {
+    /// # Safety
+    /// Pixels p..p + TILE and channels c..c + TILE must be inside.
+    #[inline(always)]
+    unsafe fn tile<S: Simd<T>>(&self, simd: S, p: usize, c: usize) {
+        let Self { from_step: (from_p, from_c), to_step: (to_p, to_c), .. } = *self;
+        // SAFETY: as the caller says; a step of 1 makes rows on either side.
+        unsafe {
+            let from = self.from.add(p * from_p + c * from_c);
+            let to = self.to.add(p * to_p + c * to_c);
+            simd.transpose(from, from_p.max(from_c), to, to_p.max(to_c));
+        }
+    }
+
+    #[inline(always)]
+    fn rest(&self, pixels: std::ops::Range<usize>, channels: std::ops::Range<usize>) {
+        let Self { from_step, to_step, .. } = *self;
+        for c in channels {
+            for p in pixels.clone() {
+                // SAFETY: the pixel and the channel are inside, as the constructors check or ask.
+                unsafe {
+                    let from = self.from.add(p * from_step.0 + c * from_step.1);
+                    *self.to.add(p * to_step.0 + c * to_step.1) = *from;
+                }
+            }
+        }
+    }
+}
