@@ -8,20 +8,32 @@ import time
 import traceback
 from typing import TextIO, final
 
-__all__ = ["Bar", "fail", "note"]
+__all__ = ["Bar", "Refused", "fail", "note", "plain"]
+
+_CLEAR = "\r\x1b[K"
+
+
+class Refused(ValueError):
+    """A command that cannot run as it was given: nothing was done, and the exit status is 2."""
 
 
 def fail(message: str, code: int = 1) -> int:
-    """Print the error being handled as one line to stderr and return the exit status."""
-    if os.environ.get("XUNIT_DEBUG", "0") != "0":
+    """Print an error, that being handled, as one line to stderr and return the exit status."""
+    if os.environ.get("XUNIT_DEBUG", "0") != "0" and sys.exc_info()[0] is not None:
         traceback.print_exc()
     note(f"error: {message}")
     return code
 
 
 def note(message: str) -> None:
-    """Print one line to stderr."""
-    print(f"xunit-rs: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    """Print one line to stderr, in the place of a progress bar."""
+    clear = _CLEAR if sys.stderr.isatty() else ""
+    print(f"{clear}xunit-rs: {plain(message)}", file=sys.stderr, flush=True)
+
+
+def plain(text: str) -> str:
+    """Text as one line, which a file's name cannot make a terminal obey."""
+    return "".join(c if c.isprintable() or c > "\x9f" else "?" for c in " ".join(text.split()))
 
 
 @final
@@ -31,6 +43,8 @@ class Bar:
     def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
         self.stream = sys.stderr if stream is None else stream
         self.live = not quiet and self.stream.isatty()
+        self._start = time.monotonic()
+        self._next = 0.0
 
     def __enter__(self) -> Bar:
         return self
@@ -40,29 +54,39 @@ class Bar:
 
     def show(self, done: int, total: int, name: str = "") -> None:
         if self.live and total > 1:
-            self._print(f"{_gauge(done, total)} {done}/{total} {name[:40]}")
+            self._print(f"{_gauge(done / total)} {done}/{total} {name}")
 
-    def pixels(
-        self, images: tuple[int, int], megapixels: tuple[float, float], since: float, name: str
-    ) -> None:
-        """Show images and megapixels, done and in all, and their pace since a time.monotonic()."""
-        if not self.live:
+    def pixels(self, done: float, total: int, megapixels: float, name: str = "") -> None:
+        """Show how many images are done, shares included, and at what pace since the start."""
+        now = time.monotonic()
+        if not self.live or now < self._next:
             return
-        done, total = megapixels
-        pace = done / max(time.monotonic() - since, 1e-3)
-        left = f", {(total - done) / pace:.0f} s left" if done else ""
+        self._next = now + 0.1
+        seconds = max(now - self._start, 1e-3)
+        left = f", {_duration(seconds * (total - done) / done)} left" if done > 0 else ""
         self._print(
-            f"{_gauge(done, total)} {images[0]}/{images[1]} images, {done:.1f}/{total:.1f} MP, "
-            f"{pace:.2f} MP/s{left} {name[:30]}"
+            f"{_gauge(done / total)} {int(done)}/{total} images, {megapixels:.1f} MP, "
+            f"{megapixels / seconds:.2f} MP/s{left} {name}"
         )
 
     def clear(self) -> None:
         if self.live:
-            self._print("")
+            print(_CLEAR, end="", file=self.stream, flush=True)
 
     def _print(self, text: str) -> None:
-        print(f"\r\x1b[K{text}", end="", file=self.stream, flush=True)
+        try:
+            width = os.get_terminal_size(self.stream.fileno()).columns
+        except (OSError, ValueError):
+            width = 0
+        # A line that wraps could not be cleared.
+        print(_CLEAR + plain(text)[: (width or 80) - 1], end="", file=self.stream, flush=True)
 
 
-def _gauge(done: float, total: float) -> str:
-    return f"[{('#' * int(20 * done / total) if total else '').ljust(20, '.')}]"
+def _gauge(share: float) -> str:
+    return f"[{('#' * int(20 * share)).ljust(20, '.')}]"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
