@@ -18,7 +18,7 @@ from PIL import Image
 
 from . import images
 from ._plan import PIPE, Job, plan, remaining
-from ._terminal import Bar, Refused, fail, note
+from ._terminal import Bar, Refused, fail, note, reason
 from .denoise import Denoiser, _sheet_of_pil, pretrained_names
 from .noise import estimate_sigma, is_grey, nearest_model
 
@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Exit status: 0 all done; 1 some images failed, the others are done; 2 refused, nothing "
         "done; 130 interrupted. A result appears under its name when it is whole, so that a run "
-        "that was cut off goes on with --skip-existing."
+        "that was cut off goes on with --skip-existing; one that was killed may leave a hidden "
+        "file, .xunit-rs-*.tmp, behind."
     )
     parser.add_argument(
         "inputs",
@@ -159,14 +160,14 @@ def run(args: argparse.Namespace) -> int:
         try:
             load(args.model)
         except (ValueError, OSError) as error:
-            raise Refused(str(error)) from error
+            raise Refused(reason(error)) from error
     # Large photos are welcome; what goes beyond twice Pillow's limit is refused by it.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
     failures = 0
-    for source, reason in broken:
-        failures += fail(f"{source}: {reason}")
-        _report(args, Job(source, ""), {"error": reason})
+    for source, why in broken:
+        failures += fail(f"{source}: {why}")
+        _report(args, Job(source, ""), {"error": why})
     batch = _Batch(todo, args, load)
     if args.dry_run:
         for job in todo:
@@ -178,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         if len(todo) < len(jobs):
             note(f"{len(jobs) - len(todo)} of {len(jobs)} results exist already and were left")
-        if failures and len(jobs) + len(broken) > 1:
+        if failures and len(jobs) + len(broken) > 1 and not args.dry_run:
             note(f"{failures} failed, {batch.done} done")
     return int(failures > 0)
 
@@ -234,10 +235,10 @@ class _Batch:
         except BrokenPipeError:
             raise
         except (ValueError, TypeError, OSError, MemoryError) as error:
-            reason = _reason(error, self.job)
+            why = _reason(error, self.job)
             self.bar.clear()
-            self.failed += fail(f"{_name(self.job.source)}: {reason}")
-            _report(self.args, self.job, self.record | {"error": reason})
+            self.failed += fail(f"{_name(self.job.source)}: {why}")
+            _report(self.args, self.job, self.record | {"error": why})
         else:
             self.done += 1
             self.pixels += self.record["megapixels"]
@@ -334,8 +335,6 @@ def _reason(error: Exception, job: Job) -> str:
     """What went wrong, without the name of the input in front."""
     if isinstance(error, MemoryError):
         return "out of memory; try --tile 256"
-    text = str(error) or type(error).__name__
-    if isinstance(error, OSError) and error.strerror:
-        place = error.filename or ("standard output" if job.target == PIPE else "")
-        text = f"{place}: {error.strerror}" if place else error.strerror
-    return text.removeprefix(f"{_name(job.source)}: ")
+    if isinstance(error, OSError) and not error.filename and job.target == PIPE:
+        return f"standard output: {reason(error)}"
+    return reason(error).removeprefix(f"{_name(job.source)}: ")

@@ -60,7 +60,8 @@ def plan(inputs: list[str], output: str | None = None, sheets: str | None = None
     for text in inputs:
         reason = _unreadable(text)
         if reason is not None:
-            broken.append((text, reason))
+            named = alone or output is not None or text != inputs[-1]
+            broken.append((text, reason if named else f"{reason}; results are named by -o"))
         elif os.path.isdir(text):
             found, unread = _walk(text, apart)
             broken += unread

@@ -8,7 +8,7 @@ import time
 import traceback
 from typing import TextIO, final
 
-__all__ = ["Bar", "Refused", "fail", "note", "plain"]
+__all__ = ["Bar", "Refused", "fail", "note", "plain", "reason"]
 
 _CLEAR = "\r\x1b[K"
 
@@ -29,6 +29,13 @@ def note(message: str) -> None:
     """Print one line to stderr, in the place of a progress bar."""
     clear = _CLEAR if sys.stderr.isatty() else ""
     print(f"{clear}xunit-rs: {plain(message)}", file=sys.stderr, flush=True)
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, as one would say it: without the number of a system's error."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
 
 
 def plain(text: str) -> str:

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ._terminal import Refused, fail, note
+from ._terminal import Refused, fail, note, reason
 
 __all__ = ["main"]
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         return fail("out of memory")
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        status = fail(str(error) or type(error).__name__)
+        status = fail(reason(error))
         try:
             sys.stdout.flush()
         except OSError:  # that was the error: its disk is full, say

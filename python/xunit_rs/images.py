@@ -152,9 +152,16 @@ def read(
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such file") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{name}: not an image in a format that Pillow knows") from None
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: too large ({error}); see PIL.Image.MAX_IMAGE_PIXELS") from None
+        reason = "not an image in a format that Pillow knows"
+        if (os.path.getsize(source) if isinstance(source, str) else len(_content(source))) == 0:
+            reason = "the file is empty"
+        raise ImageError(f"{name}: {reason}") from None
+    except Image.DecompressionBombError:
+        limit = f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels"
+        raise ImageError(
+            f"{name}: too large: {limit}, which PIL.Image.MAX_IMAGE_PIXELS sets against "
+            "decompression bombs"
+        ) from None
     except MemoryError:
         raise
     except Exception as error:  # a header broken in the middle raises as decoders do
