@@ -88,7 +88,7 @@ def command(*args: Any, **options: Any) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [sys.executable, "-m", "xunit_rs", "denoise", *map(str, args)],
         capture_output="stdout" not in options,
-        timeout=120,
+        timeout=300,
         check=False,
         **options,
     )
@@ -613,7 +613,7 @@ def test_a_batch_that_is_cut_off_goes_on(name: str) -> None:
         for _ in range(2):
             process.stdout.readline()
         process.send_signal(getattr(signal, name))
-        err = process.communicate(timeout=60)[1].decode()
+        err = process.communicate(timeout=300)[1].decode()
     whole = [path for path in files("out") if path.endswith(".png")]
     assert 2 <= len(whole) < 8
     rest = set(files("out")) - set(whole)

@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
     except SystemExit as stop:  # argparse has printed its message, or --help
         return stop.code if isinstance(stop.code, int) else 2
+    except KeyboardInterrupt:  # which imports of half a second leave time for
+        return fail("interrupted", 130)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may not fit the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
