@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import csv
 import inspect
-import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import types
@@ -42,110 +40,9 @@ def save(path: Path, mode: str = "L", value: int = 200) -> Path:
     return path
 
 
-def denoise(*args: Any) -> int:
-    return cli.main(["denoise", *map(str, args), "--model", "fake"])
-
-
 def one_line(text: str) -> str:
     assert text.count("\n") == 1 and "Traceback" not in text, text
     return text.strip()
-
-
-def test_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = save(tmp_path / "a.b.png")
-    assert denoise(source) == 0
-    target = tmp_path / "a.b-denoised.png"
-    assert capsys.readouterr() == (f"{target}\n", "")
-    with Image.open(target) as image:
-        assert image.mode == "L" and image.getextrema() == (100, 100)
-    assert denoise(source, tmp_path / "b.jpg", "-q", "--tile", 4, "--threads", 1) == 0
-    assert capsys.readouterr() == ("", "")
-    (tmp_path / "out").mkdir()
-    assert denoise(source, tmp_path / "out") == 0
-    assert (tmp_path / "out" / "a.b.png").exists()
-
-
-def test_what_a_photo_carries_is_kept(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    photo = Image.new("RGB", (16, 12), (200, 100, 0))
-    photo.save(tmp_path / "a.jpg", exif=exif, icc_profile=b"profile" * 9, quality=50)
-    Image.fromarray(np.full((3, 4), 40001, np.uint16)).save(tmp_path / "b.png", dpi=(300, 300))
-    Image.new("RGBA", (4, 3), (200, 100, 0, 77)).save(tmp_path / "c.png")
-    photo.quantize(4).save(tmp_path / "d.png", transparency=0)
-    for name in ("a.jpg", "b.png", "c.png", "d.png"):
-        assert denoise(tmp_path / name, tmp_path / f"new-{name}") == 0
-    with Image.open(tmp_path / "new-a.jpg") as image, Image.open(tmp_path / "a.jpg") as old:
-        assert image.size == (16, 12)
-        assert image.getexif()[0x0112] == 6
-        assert image.info["icc_profile"] == b"profile" * 9
-        tables = image.quantization[0], old.quantization[0]  # type: ignore[attr-defined]
-        assert sum(tables[0]) < sum(tables[1]) / 5
-    with Image.open(tmp_path / "new-b.png") as image:
-        assert image.mode == "I;16"
-        assert set(np.asarray(image).ravel()) == {20000}
-        assert round(image.info["dpi"][0]) == 300
-    with Image.open(tmp_path / "new-c.png") as image:
-        assert image.getchannel("A").getextrema() == (77, 77)
-    with Image.open(tmp_path / "new-d.png") as image:
-        assert image.mode == "RGBA"
-
-
-def test_nothing_is_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = save(tmp_path / "a.png")
-    before = source.read_bytes()
-    for target in (source, save(tmp_path / "a-denoised.png")):
-        old = target.read_bytes()
-        assert denoise(source, target) == 1
-        assert "already exists" in one_line(capsys.readouterr().err)
-        assert target.read_bytes() == old
-    assert denoise(source, "--overwrite") == 0
-    assert source.read_bytes() == before
-    assert denoise(source, source, "--overwrite") == 0
-    assert source.read_bytes() != before
-
-
-def test_a_second_photo_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, second = save(tmp_path / "a.png"), save(tmp_path / "b.png")
-    before = second.read_bytes()
-    assert denoise("--overwrite", first, second) == 1  # as by a shell's *.png
-    assert "name it with --output" in one_line(capsys.readouterr().err)
-    assert second.read_bytes() == before
-    assert denoise(first, "-o", second) == 1
-    assert "already exists" in one_line(capsys.readouterr().err)
-    assert denoise(first, tmp_path / "c.png", "-o", second) == 1
-    assert "two outputs" in one_line(capsys.readouterr().err)
-    assert denoise("--overwrite", first, "--output", second) == 0
-    assert second.read_bytes() != before
-
-
-def test_broken_weights_are_a_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(Darker, "denoise", lambda self, image, *_: image * np.float32(np.nan))
-    assert denoise(save(tmp_path / "a.png")) == 1
-    assert "a.png" in one_line(capsys.readouterr().err)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
-
-
-def test_a_target_that_does_not_fit_is_refused_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(Denoiser, "from_pretrained", lambda *_, **__: pytest.fail("too late"))
-    source = save(tmp_path / "a.png")
-    for suffix in (".gif", ".ico", ".jp2", ".pdf"):
-        assert denoise(source, tmp_path / f"b{suffix}") == 1
-        assert f"suffix '{suffix}'" in one_line(capsys.readouterr().err)
-
-
-def test_a_traceback_on_request(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("XUNIT_DEBUG", "1")
-    assert denoise(tmp_path / "none.png") == 1
-    error = capsys.readouterr().err
-    assert "Traceback" in error and "in _jobs" in error
-    assert error.splitlines()[-1].startswith("xunit-rs: error: ")
 
 
 def test_help_of_train_shows_the_defaults_of_the_function(
@@ -164,98 +61,13 @@ def test_help_of_train_shows_the_defaults_of_the_function(
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    save(folder / "a.png")
-    save(folder / "b.jpg", "RGB")
-    save(folder / "c.gif")
-    (folder / "notes.txt").write_text("no image")
-    (folder / "d.png").write_text("broken")
-    assert denoise(folder) == 1
-    assert "d.png" in one_line(capsys.readouterr().err)
-    results = tmp_path / "photos-denoised"
-    assert sorted(p.name for p in results.iterdir()) == ["a.png", "b.jpg", "c.gif.png"]
-    (folder / "d.png").unlink()
-    (results / "b.jpg").unlink()
-    assert denoise(f"{folder}/") == 0  # goes on where it stopped
-    out, err = capsys.readouterr()
-    assert out.splitlines() == [str(results / "b.jpg")]
-    assert "2 results exist already" in one_line(err)
-    assert denoise(folder, folder) == 1
-    assert "is the input" in one_line(capsys.readouterr().err)
-
-
-def test_a_folder_named_by_a_dot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "photos"
-    (folder / "inner").mkdir(parents=True)
-    save(folder / "a.png")
-    for place, name in ((folder, "."), (folder / "inner", "..")):
-        monkeypatch.chdir(place)
-        assert denoise(name) == 0
-        assert (tmp_path / "photos-denoised" / "a.png").exists()
-        shutil.rmtree(tmp_path / "photos-denoised")
-
-
-def test_failures_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = save(tmp_path / "a.png")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text.png").write_text("no image")
-    for args, reason in [
-        ((tmp_path / "none.png",), "no such file"),
-        ((tmp_path / "text.png",), "not an image"),
-        ((tmp_path / "empty",), "no images"),
-        ((source, tmp_path / "none" / "b.png"), "no such folder"),
-        ((source, tmp_path / "b.txt"), "suffix"),
-        ((save(tmp_path / "alpha.png", "RGBA"), tmp_path / "b.jpg"), "JPEG cannot store"),
-        ((tmp_path / "empty", source), "is a file"),
-    ]:
-        assert denoise(*args) == 1, reason
-        message = one_line(capsys.readouterr().err)
-        assert message.startswith("xunit-rs: error: ") and reason in message
-    assert cli.main(["denoise", str(source), "--model", "a.pkl"]) == 1
-    assert "xunit-rs convert" in one_line(capsys.readouterr().err)
-    assert not (tmp_path / "empty-denoised").exists()
-
-
 def test_wrong_usage_is_2(capsys: pytest.CaptureFixture[str]) -> None:
-    for args in ([], ["nothing"], ["denoise"], ["denoise", "a", "--tile", "-1"], ["train"]):
+    for args in ([], ["nothing"], ["denoise"], ["train"]):
         assert cli.main(args) == 2
         assert "usage" in capsys.readouterr().err
     assert cli.main(["--version"]) == 0
     for name in ("denoise", "convert", "train", "eval", "info"):
         assert cli.main([name, "--help"]) == 0
-
-
-def test_interrupt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupt(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Darker, "denoise", interrupt)
-    assert denoise(save(tmp_path / "a.png")) == 130
-    assert "interrupted" in one_line(capsys.readouterr().err)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
-
-
-def test_progress_bar() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    terminal = Terminal()
-    with cli._Bar(stream=terminal) as bar:
-        bar.show(0, 2, "a.png")
-        bar.clear()
-        bar.show(1, 2, "b.png")
-    text = terminal.getvalue()
-    assert "0/2 a.png" in text and "[##########..........] 1/2 b.png" in text
-    assert text.endswith("\r\x1b[K")
-    for quiet, stream in ((True, Terminal()), (False, io.StringIO())):
-        with cli._Bar(quiet=quiet, stream=stream) as bar:
-            bar.show(1, 2)
-        assert stream.getvalue() == ""
 
 
 def module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
@@ -394,32 +206,3 @@ def test_eval_by_pytorch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "xdensenet" in one_line(capsys.readouterr().err)
     assert evaluate(*options, "--runtime", "torch", "--protocol", "official2021") == 0
     assert "protocol official2021" in capsys.readouterr().out
-
-
-def test_a_name_that_stdout_cannot_encode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    assert denoise(save(tmp_path / "\u03c3.png")) == 0
-    assert raw.getvalue().rstrip().endswith(b"\\u03c3-denoised.png")
-
-
-def test_as_a_module(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "xunit_rs", "denoise", str(tmp_path / "none.png")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "none.png" in one_line(done.stderr)
-
-
-def test_the_model_suits_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = []
-
-    def load(name: str, **options: object) -> Denoiser:
-        names.append(name)
-        return Denoiser(Darker())
-
-    monkeypatch.setattr(cli.Denoiser, "from_pretrained", load)
-    (tmp_path / "in").mkdir()
-    for i, mode in enumerate(["L", "RGB", "RGBA", "LA", "P", "L"]):
-        Image.new(mode, (4, 4)).save(tmp_path / "in" / f"{i}.png")
-    assert cli.main(["denoise", str(tmp_path / "in")]) == 0
-    assert names == ["gray-blind", "color-blind"]
-    assert len(list((tmp_path / "in-denoised").iterdir())) == 6

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import struct
 import sys
@@ -213,7 +214,7 @@ def test_read_errors_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     pixels("RGB").convert("CMYK").save(tmp_path / "cmyk.jpg")
     for name, reason in [
         ("text.png", "not an image"),
-        ("empty.jpg", "not an image"),
+        ("empty.jpg", "the file is empty"),
         ("cut.png", "truncated"),
         ("cmyk.jpg", "mode CMYK"),
         ("", "directory"),
@@ -301,3 +302,29 @@ def test_links_and_permissions_are_kept(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ImageError, match="not a regular file"):
         images.check_target(tmp_path / "pipe.png", overwrite=True)
+
+
+def test_an_image_is_stripped_and_turned(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    image = pixels("I;16")
+    image.info = {"exif": exif.tobytes(), "icc_profile": b"p", "dpi": (9, 9), "lossless": True}
+    turned = images.stripped(image)
+    assert turned.info == {"lossless": True}
+    np.testing.assert_array_equal(np.asarray(turned), np.rot90(np.asarray(image)))
+    image.info["exif"] = b"Exif\0\0no such thing"
+    same = images.stripped(image)
+    assert same.info == {"lossless": True} and same.tobytes() == image.tobytes()
+    assert "exif" in image.info
+
+
+def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
+    for suffix, side in ((".jpg", 65_500), (".webp", 16_383)):
+        images.write(Image.new("L", (side, 1)), tmp_path / f"a{suffix}")
+        with pytest.raises(ImageError, match=rf"{side} pixels a side, got 1×{side + 1}"):
+            images.write(Image.new("L", (1, side + 1)), tmp_path / f"b{suffix}")
+        name = images.output_format(f"a{suffix}")
+        for width, kept in ((side, name), (side + 1, "PNG")):
+            content = images.encode(Image.new("L", (width, 1)), name)
+            assert Image.open(io.BytesIO(content)).format == kept
+    assert not list(tmp_path.glob("b*"))

@@ -111,7 +111,7 @@ def test_readme_command_lines_parse():
     lines = [line for line in lines if line.startswith("xunit-rs ")]
     assert len(lines) >= 5
     for line in lines:
-        cli._parser().parse_args(shlex.split(line)[1:])
+        cli._parser().parse_args(shlex.split(line, comments=True)[1:])
 
 
 def test_readme_links_resolve():

@@ -15,6 +15,8 @@ import json
 import os
 import pickle
 import re
+import signal
+import subprocess
 import sys
 import tempfile
 import zlib
@@ -27,12 +29,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from xunit_rs import Denoiser, _core, cli, functional, images, modules, reference
+from xunit_rs import Denoiser, _core, cli, functional, images, models, modules, reference
 from xunit_rs import checkpoints as checkpoint_files
 
 
-class ExitError(Exception):
-    """A command that ended with 1 and one line on stderr."""
+class Exit1(Exception):
+    """A command that failed: it ended with 1 and one line on stderr."""
+
+
+class Exit2(Exception):
+    """A command that was refused, with one line on stderr."""
 
 
 class Case(NamedTuple):
@@ -390,8 +396,8 @@ def command(line: str) -> Runner:
             os.chdir(home)
         assert snapshot(folder) == before, "files were changed"
         error = stderr.getvalue()
-        assert (code, stdout.getvalue(), error.count("\n")) == (1, "", 1), (code, error)
-        raise ExitError(error.removeprefix("xunit-rs: error: ").strip())
+        assert (stdout.getvalue(), error.count("\n")) == ("", 1) and code in (1, 2), (code, error)
+        raise (Exit1 if code == 1 else Exit2)(error.removeprefix("xunit-rs: error: ").strip())
 
     return run
 
@@ -421,6 +427,12 @@ def make_files(folder: Path) -> None:
     (folder / "folder.png").mkdir()
     (folder / "net.pkl").write_bytes(b"anything")
     (folder / "bad.safetensors").write_bytes(b"anything")
+    (folder / "lying.safetensors").write_bytes(HOSTILE["offsets beyond the file"][0])
+    models.XDenseNet(1, 3, (1,), 2).save(folder / "dense.safetensors")
+    frames = [image.convert("RGB"), image.convert("RGB").rotate(180)]
+    for name in ("moving.gif", "moving.webp", "moving.png"):
+        frames[0].save(folder / name, save_all=True, append_images=frames[1:])
+    Image.new("L", (65536, 3)).save(folder / "wide.png")
 
 
 def png(width: int, height: int, pixels: bytes, text: bytes | None = None) -> bytes:
@@ -438,59 +450,180 @@ def png(width: int, height: int, pixels: bytes, text: bytes | None = None) -> by
     )
 
 
-for _arguments, _text in (
-    ("denoise none.png", "none.png: no such file"),
-    ("denoise text.png", "text.png: not an image"),
-    ("denoise empty.jpg", "empty.jpg: not an image"),
-    ("denoise cut.png", "cut.png: damaged or truncated"),
-    ("denoise cut.jpg", "cut.jpg: damaged or truncated"),
-    ("denoise lying.png", "lying.png: damaged or truncated"),
-    ("denoise zero.png", "zero.png"),
-    ("denoise huge.png", "huge.png: too large"),
-    ("denoise text-bomb.png", "text-bomb.png"),
-    ("denoise cmyk.jpg", "mode CMYK"),
-    ("denoise folder.png", "no images in this folder"),
-    ("denoise folder", "no images in this folder"),
-    ("denoise good.png good.png", "already exists"),
-    ("denoise good.png none/out.png", "no such folder"),
-    ("denoise good.png out.txt", "suffix '.txt'"),
-    ("denoise good.png text.png/out.png", "no such folder"),
-    ("denoise alpha.png out.jpg", "JPEG cannot store mode RGBA"),
-    ("denoise folder good.png", "is a file"),
-    ("denoise good.png --model net.pkl", "xunit-rs convert"),
-    ("denoise good.png --model bad.safetensors", "not a safetensors file"),
-    ("denoise good.png --model none.safetensors", "no such file"),
-    ("convert net.pkl out.safetensors", "not a PyTorch file"),
-    ("convert none.pkl out.safetensors", "no such file"),
-    ("convert net.safetensors bad.safetensors", "exists"),
-    ("eval --data none", "no such folder"),
-    ("eval --data folder", "no images"),
-    ("eval --data folder --sigma nan", "sigma"),
-    ("train --data none --out run", "no such folder"),
-    ("train --data folder --out run", "no images"),
-    ("train --data folder --out run --lr -1", "lr"),
+for _error, _lines in (
+    (
+        Exit1,
+        (
+            ("denoise none.png", "none.png: no such file"),
+            ("denoise text.png", "text.png: not an image"),
+            ("denoise empty.jpg", "empty.jpg: the file is empty"),
+            ("denoise cut.png", "cut.png: damaged or truncated"),
+            ("denoise cut.jpg", "cut.jpg: damaged or truncated"),
+            ("denoise lying.png", "lying.png: damaged or truncated"),
+            ("denoise zero.png", "zero.png"),
+            ("denoise huge.png", "huge.png: too large"),
+            ("denoise text-bomb.png", "text-bomb.png"),
+            ("denoise cmyk.jpg", "mode CMYK"),
+            ("denoise moving.gif", "moving.gif: an animation of 2 frames"),
+            ("denoise moving.webp", "moving.webp: an animation of 2 frames"),
+            ("denoise moving.png", "moving.png: an animation of 2 frames"),
+            ("denoise folder.png", "no images in this folder"),
+            ("denoise folder", "no images in this folder"),
+            ("denoise alpha.png -o out.jpg", "JPEG cannot store mode RGBA"),
+            ("denoise wide.png -o out.jpg", "more than 65500 pixels a side, got 65536×3"),
+            ("denoise wide.png -o out.webp", "more than 16383 pixels a side, got 65536×3"),
+            ("convert net.pkl out.safetensors", "not a PyTorch file"),
+            ("convert none.pkl out.safetensors", "no such file"),
+            ("convert net.safetensors bad.safetensors", "exists"),
+            ("eval --data none", "no such folder"),
+            ("eval --data folder", "no images"),
+            ("eval --data folder --sigma nan", "sigma"),
+            ("train --data none --out run", "no such folder"),
+            ("train --data folder --out run", "no images"),
+            ("train --data folder --out run --lr -1", "lr"),
+        ),
+    ),
+    (
+        Exit2,
+        (
+            ("denoise good.png -o good.png", "is the input itself"),
+            ("denoise good.png -o alpha.png", "already exists"),
+            ("denoise good.png alpha.png -o .", "is the input itself"),
+            ("denoise good.png ./good.png -o out", "good.png: would hold what is made of"),
+            ("denoise good.png -o none/out.png", "no such folder"),
+            ("denoise good.png -o out.txt", "suffix '.txt'"),
+            ("denoise good.png -o text.png/out.png", "no such folder"),
+            ("denoise folder -o good.png", "is a file"),
+            ("denoise good.png --model net.pkl", "xunit-rs convert"),
+            ("denoise good.png --model bad.safetensors", "not a safetensors file"),
+            ("denoise good.png --model lying.safetensors", "not a safetensors file"),
+            ("denoise good.png --model dense.safetensors", "xdensenet"),
+            ("denoise good.png --model none.safetensors", "no such file"),
+        ),
+    ),
 ):
-    add("command line", _arguments, ExitError, _text, command(_arguments))
+    for _arguments, _text in _lines:
+        add("command line", _arguments, _error, _text, command(_arguments))
 
 
-@case("command line", "denoise good.png out.png: the disk is full", ExitError, "No space left")
-def _(folder: Path) -> Any:
-    original = Image.Image.save
-
-    def save(image: Image.Image, file: Any, *args: Any, **options: Any) -> None:
-        original(image, file, *args, **options)
-        if not isinstance(file, Path):
-            raise OSError(28, "No space left on device")
-
-    with mock.patch.object(Image.Image, "save", save):
-        command("denoise good.png out.png")(folder)
-
-
-@case("command line", "denoise good.png folder/out.png: no permission", ExitError, "not writable")
+@case("command line", "denoise good.png -o folder/out.png: no permission", Exit2, "not writable")
 def _(folder: Path) -> Any:
     # What os.access says of a folder without permission; the real bits do not stop root.
     with mock.patch.object(os, "access", lambda path, mode: Path(path).name != "folder"):
-        command("denoise good.png folder/out.png")(folder)
+        command("denoise good.png -o folder/out.png")(folder)
+
+
+def batch(folder: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> tuple[int, str, str]:
+    """Run `xunit-rs denoise` in a process of its own; return its status, stdout and stderr."""
+    line = [*prefix, sys.executable, "-m", "xunit_rs", "denoise", *arguments]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+BATCH = "denoise a folder"
+
+
+@case(BATCH, "all of the above beside good ones", None)
+def _(folder: Path) -> str:
+    make_files(_folder(folder / "in"))
+    code, _, stderr = batch(folder, "in", "-o", "out")
+    good = {"alpha.png", "good.png", "whole.jpg", "wide.png"}
+    assert (code, names(folder / "out")) == (1, good), stderr
+    *lines, last = stderr.splitlines()
+    bad = {name for name in names(folder / "in") - good if images.is_image_name(name)}
+    assert {line.split(": ")[2] for line in lines} == {f"in/{name}" for name in bad}, stderr
+    assert last == f"xunit-rs: {len(bad)} failed, 4 done"
+    return f"exit 1, {len(bad)} named, 4 done"
+
+
+@case(BATCH, "that cannot be read, inside another", None)
+def _(folder: Path) -> str:
+    make_files(_folder(folder / "in"))
+    photographs(_folder(folder / "in" / "locked"), 1)
+    for path in (folder / "in").glob("*.*"):
+        if path.name not in ("good.png", "locked"):
+            path.unlink() if path.is_file() else path.rmdir()
+    scan = os.scandir
+
+    def scandir(path: Any) -> Any:  # the real bits do not stop root
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    shown = io.StringIO()
+    with (
+        mock.patch.object(os, "scandir", scandir),
+        contextlib.redirect_stderr(shown),
+        contextlib.redirect_stdout(shown),
+    ):
+        code = cli.main(["denoise", str(folder / "in"), "-o", str(folder / "out")])
+    assert "locked: Permission denied" in shown.getvalue()
+    assert (code, names(folder / "out")) == (1, {"good.png"})
+    return "exit 1, named, the rest done"
+
+
+@case(BATCH, "whose results go into itself, twice", None)
+def _(folder: Path) -> str:
+    photographs(_folder(folder / "in"), 2)
+    for _ in range(2):
+        code, _, stderr = batch(folder, "in", "-o", "in/out", "--overwrite")
+        assert (code, names(folder / "in" / "out")) == (0, {"0.png", "1.png"}), stderr
+    return "exit 0, the results are not denoised again"
+
+
+@case(BATCH, "to a disk of 1 MB", None)
+def _(folder: Path) -> str:
+    photographs(_folder(folder / "in"), 3)
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (500, 900, 3), np.uint8)).save(folder / "in" / "1.png")
+    _folder(folder / "disk")
+    # A disk that only the command and its children see, so that none is left behind.
+    mount = 'mount -t tmpfs -o size=1m tmpfs disk && "$@"; code=$?; ls -A disk; exit $code'
+    private = ("unshare", *(() if os.geteuid() == 0 else ("-r",)), "--mount")
+    try:
+        subprocess.run((*private, "sh", "-c", mount, "-", "true"), cwd=folder, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "not tried: no right to mount a disk"
+    shell = (*private, "sh", "-c", mount, "-")
+    code, stdout, stderr = batch(folder, "in", "-o", "disk", "--strength", "0.1", prefix=shell)
+    assert "1.png: cannot be written (No space left on device)" in stderr, stderr
+    lines = ["disk/0.png", "disk/2.png", "0.png", "2.png"]
+    assert (code, stdout.splitlines()) == (1, lines), (stdout, stderr)
+    return "exit 1, named, the smaller ones done, no part of a file left"
+
+
+for _signal, _code in (("SIGKILL", -9), ("SIGINT", 130)):
+
+    @case(BATCH, f"{_signal} in the middle, then --skip-existing", None)
+    def _(folder: Path, name: str = _signal, code: int = _code) -> str:
+        photographs(_folder(folder / "in"), 12)
+        line = [sys.executable, "-m", "xunit_rs", "denoise", "in", "-o", "out"]
+        with subprocess.Popen(
+            line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            process.send_signal(getattr(signal, name))
+            process.stdout.read()
+        assert process.returncode == code, process.returncode
+        done = {path for path in names(folder / "out") if path.endswith(".png")}
+        assert 1 <= len(done) < 12
+        status, stdout, stderr = batch(folder, "in", "-o", "out", "--skip-existing")
+        assert (status, stdout.count("\n")) == (0, 12 - len(done)), stderr
+        assert batch(folder, "in", "-o", "whole")[0] == 0
+        for path in (folder / "whole").iterdir():
+            assert path.read_bytes() == (folder / "out" / path.name).read_bytes(), path.name
+        return f"exit {code}, whole files only, the rest done then"
+
+
+def photographs(folder: Path, count: int) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (96, 96), np.uint8)).save(folder / f"{i}.png")
 
 
 @case("images", "write over a directory", images.ImageError, "is a directory")
@@ -798,7 +931,7 @@ def outcome(item: Case, folder: Path) -> tuple[bool, str]:
     try:
         result = item.run(folder)
     except Exception as error:
-        kind = "exit 1" if isinstance(error, ExitError) else type(error).__name__
+        kind = {Exit1: "exit 1", Exit2: "exit 2"}.get(type(error), type(error).__name__)
         message = " ".join(str(error).replace(f"{folder}{os.sep}", "").split())
         expected = item.error is not None and isinstance(error, item.error)
         return expected and item.text in message, f"{kind}: {message}"

@@ -31,11 +31,11 @@ def sheet(noisy: npt.NDArray[Any], clean: npt.NDArray[Any], scale: float) -> Ima
     inner = (slice(top, top + rows), slice(left, left + columns))
     difference = new - old
     rms = 255 * float(np.sqrt(np.mean(np.square(difference), dtype=np.float64)))
-    part = "" if (rows, columns) == (height, width) else f", the middle {columns}×{rows}"
-    captions = [
-        (f"before{part}", f"{width}×{height}, sigma {before}"),
+    part = "" if (rows, columns) == (height, width) else f", the middle {columns}x{rows}"
+    captions = [  # in ASCII: Pillow's own fonts have no ×
+        (f"before{part}", f"{width}x{height}, sigma {before}"),
         ("denoised", f"sigma {after}"),
-        (f"difference ×{_GAIN}", f"RMS {rms:.1f}"),
+        (f"difference x{_GAIN}", f"RMS {rms:.1f}"),
     ]
     zoom = max(1, -(-_SMALLEST // columns))
     panels = (old[inner], new[inner], 0.5 + _GAIN * difference[inner])
@@ -49,9 +49,6 @@ def sheet(noisy: npt.NDArray[Any], clean: npt.NDArray[Any], scale: float) -> Ima
         picture = Image.fromarray(np.ascontiguousarray(bytes_))
         result.paste(picture.resize(size, Image.Resampling.NEAREST), (x, 2 * _LINE + _GAP))
         for line, text in enumerate(lines):
-            # Without FreeType, Pillow's only font is one of ASCII.
-            plain = isinstance(font, ImageFont.FreeTypeFont)
-            text = text if plain else text.replace("×", "x")
             draw.text((x + 2, 2 + line * _LINE), text, fill=(0, 0, 0), font=font)
     # As text of a PNG file, and for reading them without looking.
     result.info.update({"sigma before": before, "sigma after": after, "rms": f"{rms:.1f}"})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import evaluation
+from ._terminal import Bar
 from .denoise import DEFAULT_MODEL, Denoiser, pretrained_names
 
 __all__ = ["add_arguments", "run"]
@@ -76,14 +77,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _rows(args: argparse.Namespace) -> list[evaluation.Row]:
-    from .cli import _Bar
-
     if args.csv is not None and not args.csv.absolute().parent.is_dir():
         raise FileNotFoundError(f"{args.csv.parent}: no such folder")
     baselines = evaluation.BASELINES
     networks = {name: _network(name, args) for name in args.model if name not in baselines}
     rows = []
-    with _Bar() as bar:
+    with Bar() as bar:
         for folder in args.data:
             for sigma in args.sigma:
                 for name in args.model:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
         raise IsADirectoryError(f"{path}: is a folder")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder")
-    temporary = path.with_name(f".xunit-rs-{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".xunit-rs-{os.urandom(8).hex()}.tmp")
     try:
         temporary.touch(exist_ok=False)
         # Those of the old file, or what the umask allows; safetensors puts a private file there.

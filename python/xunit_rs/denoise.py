@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -59,7 +58,7 @@ class Network(Protocol):
 
 
 def _weights_folder() -> Path:
-    return Path(str(resources.files(__package__))) / "weights"
+    return Path(__file__).parent / "weights"
 
 
 def pretrained_names() -> list[str]:

@@ -24,6 +24,7 @@ __all__ = [
     "load",
     "output_format",
     "read",
+    "stripped",
     "tiff_exif",
     "write",
 ]
@@ -34,11 +35,21 @@ MODES = frozenset({"L", "LA", "RGB", "RGBA", "I;16", "I;16B", "I", "F"})
 # Suffixes a folder is searched for, and those that are written: of formats that store what was
 # denoised. GIF's palette would quantise it, and Pillow's JPEG 2000, AVIF, ICO and PDF lose pixels
 # or metadata.
-TRUE_COLOUR_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm", ".pgm", ".pnm"}
-)
-SUFFIXES = TRUE_COLOUR_SUFFIXES | {".gif"}
+_FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".ppm": "PPM",
+    ".pgm": "PPM",
+    ".pnm": "PPM",
+}
+SUFFIXES = frozenset({*_FORMATS, ".gif"})
 
+_COMPRESSION = frozenset({"compression", "lossless"})
 _CARRIED = ("exif", "icc_profile", "dpi")
 _FORMAT_MODES = {
     "JPEG": frozenset({"L", "RGB"}),
@@ -47,6 +58,8 @@ _FORMAT_MODES = {
     "PNG": frozenset({"L", "LA", "RGB", "RGBA", "I;16", "I;16B", "I"}),
     "PPM": frozenset({"L", "RGB", "I;16", "I", "F"}),
 }
+_LARGEST = {"JPEG": 65_500, "WEBP": 16_383}  # pixels of a side: libjpeg's and libwebp's limits
+_ANIMATED = frozenset({"GIF", "WEBP", "PNG"})  # more frames of others are pages and previews
 # Nearly transparent compression: the noise is gone, so the file is small all the same.
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
@@ -113,17 +126,20 @@ def load(image: Image.Image, name: str = "image") -> Image.Image:
     return image
 
 
-def read(path: str | os.PathLike[str] | IO[bytes], name: str | None = None) -> Image.Image:
+def read(
+    path: str | os.PathLike[str] | IO[bytes], name: str | None = None, *, animations: bool = True
+) -> Image.Image:
     """Read an image file into memory, in one of `MODES`, with its metadata in `info`.
 
     path: of a file, or a binary file that is open and can be rewound; errors call it `name`.
+    animations: whether the first frame of an animated GIF, WebP or PNG is taken for an image.
 
     Pixels stay as stored: an EXIF orientation is kept as metadata, not applied (but that of TIFF is
     applied, and not kept). Warns when Pillow
     cannot deliver everything: 16-bit colour, and 16-bit grey with alpha, come as 8-bit, and only
     the first frame is read.
 
-    Raises ImageError (not an image, truncated, a directory, too large, unreadable) and
+    Raises ImageError (not an image, truncated, a directory, too large, unreadable, animated) and
     FileNotFoundError.
     """
     source = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
@@ -136,15 +152,24 @@ def read(path: str | os.PathLike[str] | IO[bytes], name: str | None = None) -> I
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such file") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{name}: not an image in a format that Pillow knows") from None
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: too large ({error}); see PIL.Image.MAX_IMAGE_PIXELS") from None
+        reason = "not an image in a format that Pillow knows"
+        if (os.path.getsize(source) if isinstance(source, str) else len(_content(source))) == 0:
+            reason = "the file is empty"
+        raise ImageError(f"{name}: {reason}") from None
+    except Image.DecompressionBombError:
+        limit = f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels"
+        raise ImageError(
+            f"{name}: too large: {limit}, which PIL.Image.MAX_IMAGE_PIXELS sets against "
+            "decompression bombs"
+        ) from None
     except MemoryError:
         raise
     except Exception as error:  # a header broken in the middle raises as decoders do
         raise ImageError(f"{name}: cannot be read ({_reason(error)})") from error
     with opened:
         frames = getattr(opened, "n_frames", 1)
+        if frames > 1 and not animations and opened.format in _ANIMATED:
+            raise ImageError(f"{name}: an animation of {frames} frames, not an image")
         if frames > 1:
             warnings.warn(f"{name}: only the first of its {frames} frames is read", stacklevel=2)
         layouts = [str(tile[3]) for tile in opened.tile]
@@ -185,6 +210,22 @@ def tiff_exif(image: Image.Image, name: str = "image") -> dict[str, Any]:
         return {}
 
 
+def stripped(image: Image.Image) -> Image.Image:
+    """An image without its metadata, turned as its EXIF orientation says.
+
+    What stays in `info` is how its file was compressed.
+    """
+    from PIL import ImageOps
+
+    try:
+        turned = ImageOps.exif_transpose(image)
+    except Exception:  # EXIF data that are damaged raise as decoders do
+        turned = image.copy()
+    turned.info = {key: image.info[key] for key in _COMPRESSION & set(image.info)}
+    turned.format = image.format
+    return turned
+
+
 def _is_lossless_webp(source: str | IO[bytes]) -> bool:
     with open(source, "rb") if isinstance(source, str) else io.BytesIO(_content(source)) as file:
         file.seek(12)
@@ -206,18 +247,17 @@ def _content(file: IO[bytes]) -> bytes:
 
 def output_format(path: str | os.PathLike[str]) -> str | None:
     """The Pillow format in which the suffix says to write, or None where there is none."""
-    suffix = Path(path).suffix.lower()
-    return Image.registered_extensions().get(suffix) if suffix in TRUE_COLOUR_SUFFIXES else None
+    return _FORMATS.get(os.path.splitext(path)[1].lower())
 
 
 def encode(image: Image.Image, file_format: str | None) -> bytes:
     """An image as the content of a file, as `write` writes it.
 
-    In `file_format` if that stores what was denoised, and this mode; otherwise in PNG or TIFF.
+    In `file_format` if that stores what was denoised, this mode and size; otherwise in PNG or TIFF.
     """
-    formats = {output_format(f"a{suffix}") for suffix in TRUE_COLOUR_SUFFIXES}
     kind = "JPEG" if file_format == "MPO" else file_format
-    if kind is None or kind not in formats or not _stores(kind, image.mode):
+    formats = set(_FORMATS.values())
+    if kind not in formats or not _stores(kind, image.mode) or not _holds(kind, image.size):
         kind = "PNG" if _stores("PNG", image.mode) else "TIFF"
     file = io.BytesIO()
     _save(image, file, kind, "image")
@@ -229,22 +269,35 @@ def _stores(file_format: str, mode: str) -> bool:
     return allowed is None or mode in allowed
 
 
+def _holds(file_format: str, size: tuple[int, int]) -> bool:
+    return max(size) <= _LARGEST.get(file_format, max(size))
+
+
 def check_target(
-    path: str | os.PathLike[str], mode: str | None = None, *, overwrite: bool = False
+    path: str | os.PathLike[str],
+    mode: str | None = None,
+    size: tuple[int, int] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> str:
     """Check, before any long work, that an image can be written here; return the Pillow format.
 
-    Raises ImageError: unknown suffix, a format that cannot store `mode`, no such folder, a folder
-    or file that is not writable, an existing file while `overwrite` is false.
+    Raises ImageError: unknown suffix, a format that cannot store `mode` or `size`, no such folder,
+    a folder or file that is not writable, an existing file while `overwrite` is false.
     """
     name = os.fspath(path)
     suffix = Path(name).suffix.lower()
     file_format = output_format(name)
+    if file_format is not None and file_format not in Image.SAVE:
+        Image.init()  # as Pillow does for all but the commonest formats, and slowly
     if file_format is None or file_format not in Image.SAVE:
         raise ImageError(f"{name}: cannot write images with suffix {suffix!r}; try .png")
     if mode is not None and not _stores(file_format, mode):
         other = ".png or .tif" if mode in _FORMAT_MODES["PNG"] else ".tif"
         raise ImageError(f"{name}: {file_format} cannot store mode {mode}; try {other}")
+    if size is not None and not _holds(file_format, size):
+        limit = f"more than {_LARGEST[file_format]} pixels a side, got {size[0]}×{size[1]}"
+        raise ImageError(f"{name}: {file_format} cannot store {limit}; try .png or .tif")
     target = os.path.realpath(name)
     folder = os.path.dirname(target)
     if not os.path.isdir(folder):
@@ -278,7 +331,7 @@ def write(image: Image.Image, path: str | os.PathLike[str], *, overwrite: bool =
     Raises ImageError; see `check_target`.
     """
     name = os.fspath(path)
-    file_format = check_target(name, image.mode, overwrite=overwrite)
+    file_format = check_target(name, image.mode, image.size, overwrite=overwrite)
     target = os.path.realpath(name)  # a symbolic link stays one: its target is replaced
     try:
         with replacing(Path(target)) as temporary:
