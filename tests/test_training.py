@@ -443,6 +443,12 @@ def test_bad_values(data: Path, out: Path, option: str, value: Any) -> None:
     assert not out.exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(data: Path, out: Path) -> None:
+    with pytest.raises(ValueError, match="accelerator 'cuda' with devices 1: PyTorch sees 0"):
+        training.train(data, out, **(TINY | {"accelerator": "cuda"}))
+
+
 def test_whole_numbers_only(data: Path, out: Path) -> None:
     with pytest.raises(TypeError, match=r"steps.*1\.5"):
         training.train(data, out, steps=1.5, **TINY)  # type: ignore[arg-type]

@@ -114,8 +114,8 @@ def train(
     init: checkpoint whose weights to start from, not read to resume; those of a grey xDnCNN are
         spread over the channels of a colour one.
     devices: processes to train in, by DistributedDataParallel, each with an equal share of a batch
-        and BatchNorm over that share. Under torchrun the processes are those it started. A script
-        that asks for several needs ``if __name__ == "__main__"``.
+        and BatchNorm over that share. Under torchrun the processes are those it started. To ask for
+        several takes a script with ``if __name__ == "__main__"``, or the command line.
     accelerator: "cpu", "cuda", or "auto": cuda where there is one. threads: of each process, by
         default torch's own setting.
     precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the device has units for
@@ -158,6 +158,10 @@ def train(
         steps = _DEFAULT_STEPS
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator == "cuda" and devices > torch.cuda.device_count():
+        raise ValueError(
+            f"accelerator 'cuda' with devices {devices}: PyTorch sees {torch.cuda.device_count()}"
+        )
     if isinstance(model, str):
         name = f"xdncnn-{version}" if model == "xdncnn" else model
         result = f"{name.split('-')[0]}.safetensors"
