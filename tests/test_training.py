@@ -83,6 +83,7 @@ def _run(out: Path, data: Path, **config: Any) -> loop._Run:
         checkpoint_every=60.0,
         resume=False,
         threads=1,
+        spawned=False,
         metadata={},
     )
     return loop._Run(loop._fabric("cpu", 1, "float32"), XDnCNN("2018", 1, 3, 2), job)

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import importlib.util
 import math
+import multiprocessing
 import os
 import signal
 import threading
@@ -208,6 +209,7 @@ def train(
         checkpoint_every=checkpoint_every,
         resume=resume,
         threads=threads,
+        spawned=devices > 1 and not _under_torchrun(),
         metadata={"data": Path(data).resolve().name, "license": license or "not stated"},
     )
     with _seeded(seed, accelerator):
@@ -223,7 +225,8 @@ def train(
                 f"batch_size must be a multiple of the {fabric.world_size} processes, "
                 f"got {batch_size}"
             )
-        result_or_error = fabric.launch(_work, job, network)
+        with _Forwarding() if job.spawned else contextlib.nullcontext():
+            result_or_error = fabric.launch(_work, job, network)
     if isinstance(result_or_error, BaseException):
         raise result_or_error
     path: Path = result_or_error
@@ -251,6 +254,7 @@ class _Job:
     checkpoint_every: float
     resume: bool
     threads: int | None
+    spawned: bool
     metadata: dict[str, str]
 
 
@@ -258,7 +262,7 @@ def _fabric(accelerator: str, devices: int, precision: str) -> Any:
     from lightning.fabric import Fabric  # takes seconds to import, and is in the extra `train`
 
     nodes, strategy = 1, "ddp_spawn" if devices > 1 else "auto"
-    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+    if _under_torchrun():
         world, devices = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         nodes, strategy = world // devices, "ddp"
     return Fabric(
@@ -270,11 +274,17 @@ def _fabric(accelerator: str, devices: int, precision: str) -> Any:
     )
 
 
+def _under_torchrun() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+
+
 def _work(fabric: Any, job: _Job, network: nn.Module) -> Path | BaseException:
     """What each process does; what all of them raise together is returned.
 
     The launcher would wrap it up in an error of its own.
     """
+    if job.spawned:
+        os.setpgid(0, 0)  # Ctrl-C reaches the first process alone, which passes it on
     try:
         with _threads(job.threads):
             run = _Run(fabric, network, job)
@@ -581,6 +591,19 @@ class _Signals:
         while self._previous:
             number, handler = self._previous.popitem()
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+class _Forwarding(_Signals):
+    """Passes signals on to the processes started meanwhile, which finish their step and save."""
+
+    def __enter__(self) -> Self:
+        self._others = set(multiprocessing.active_children())
+        return super().__enter__()
+
+    def _catch(self, number: int, _: Any) -> None:
+        for process in set(multiprocessing.active_children()) - self._others:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid or os.getpid(), number)
 
 
 def _output_folder(out: Path, resume: bool, result: str) -> Path:
