@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -734,6 +735,26 @@ def test_torchrun(data: Path, out: Path, tmp_path: Path) -> None:
     assert done.stdout.count("dncnn.safetensors") == 1
     assert _log(out, "step") == [6] and _last(out)["step"] == 6
     assert "on 2 x cpu" in _metadata(out / "dncnn.safetensors")["recipe"]
+
+
+@needs_gloo
+def test_a_signal_ends_all_processes(data: Path, out: Path) -> None:
+    options = "--features 3 --depth 1 --steps 1000000 --patch-size 12 --batch-size 4 --devices 2"
+    options += " --threads 1 --accelerator cpu --checkpoint-every 0.2"
+    command = ["-m", "xunit_rs", "train", "--data", data, "--out", out]
+    with subprocess.Popen(
+        [sys.executable, *map(str, command), *options.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        while not (out / "last.pt").exists() and process.poll() is None:
+            time.sleep(0.1)
+        before = _last(out)["step"]
+        process.terminate()
+        said, _ = process.communicate(timeout=600)  # ends when the last of them closes its stdout
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert _last(out)["step"] >= before and not list(out.glob(".*"))
 
 
 def test_a_batch_is_divided_evenly(data: Path, out: Path) -> None:

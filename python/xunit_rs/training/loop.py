@@ -97,7 +97,8 @@ def train(
         `validations` times over the run, at each of `val_sigma`: by default sigma, or what lies in
         the range of 25 and 50.
     out: folder for ``xdncnn.safetensors`` (the result, by the name of the model), ``last.pt`` (to
-        resume), ``log.csv``, ``curves.png``, ``samples.png`` and the log of TensorBoard.
+        resume), ``log.csv``, ``curves.png``, ``samples.png`` and the log of TensorBoard; of several
+        nodes, one that they share.
     model: name of a denoiser of ``models.list_models()``, or "xdncnn", of the given `version`; or a
         module that takes and gives (N, channels, H, W), white at 1, such as a DnCNN of xUnits by
         `replace_relu`. A copy of it is trained, and ``model.safetensors`` is the result: a file
@@ -545,7 +546,7 @@ class _Run:
                 self.average.save(path, **metadata)
                 return path
             except ValueError:
-                if isinstance(self.network, ResidualDenoiser) and path.name != "model.safetensors":
+                if path.name != "model.safetensors":
                     raise
         kind = type(self.average)
         metadata["architecture"] = f"{kind.__module__}.{kind.__qualname__}"
