@@ -100,6 +100,15 @@ def test_train_passes_only_what_was_given(
     assert capsys.readouterr().out == "o/xdncnn.safetensors\n".replace("/", os.sep) * 2
 
 
+@pytest.mark.parametrize(("text", "value"), [("2h", 7200), ("1.5m", 90), ("20s", 20), ("7", 7)])
+def test_time_has_units(text: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    module(monkeypatch, "training", train=lambda *_, time_budget: given.append(time_budget))
+    assert cli.main(["train", "--data", "d", "--out", "o", "--time-budget", text]) == 0
+    assert given == [value]
+    assert cli.main(["train", "--data", "d", "--out", "o", "--time-budget", "2d"]) == 2
+
+
 def test_train_has_an_option_for_every_argument() -> None:
     from xunit_rs import training
 

@@ -59,7 +59,8 @@ def test_requirements():
         assert needs(extra) >= core | {"torch", "safetensors"}, extra
     # Before 2.6 a checkpoint could run code.
     assert any(text.startswith("torch>=2.6") for text in metadata.requires("xunit-rs"))
-    assert needs("test") >= {"pytest"}
+    assert needs("train") >= {"lightning", "matplotlib", "scikit-image", "tensorboard"}
+    assert needs("test") >= needs("train") | {"pytest"}
     assert needs("dev") >= needs("test") | {"ruff", "mypy", "maturin"}
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import csv
+import importlib.util
+import itertools
 import math
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +22,10 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
-from xunit_rs import training  # noqa: E402
-from xunit_rs.models import XDnCNN  # noqa: E402
+pytest.importorskip("lightning")
+
+from xunit_rs import checkpoints, cli, replace_relu, training  # noqa: E402
+from xunit_rs.models import DnCNN, XDnCNN, from_pretrained  # noqa: E402
 from xunit_rs.training import loop  # noqa: E402
 from xunit_rs.training.data import Patches, read_folder  # noqa: E402
 
@@ -27,8 +35,22 @@ TINY: dict[str, Any] = {
     "patch_size": 12,
     "batch_size": 4,
     "precision": "float32",
+    "accelerator": "cpu",
     "threads": 1,
 }
+# Of a module of the caller's.
+SMALL = {key: value for key, value in TINY.items() if key not in ("features", "depth")}
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than these runs; `pictures` brings them back."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(loop._Run, "_draw", lambda _: None)
+
+
+@pytest.fixture
+def pictures() -> None: ...
 
 
 @pytest.fixture
@@ -47,9 +69,40 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def _log(out: Path, key: str) -> list[Any]:
-    lines = (out / "log.jsonl").read_text().splitlines()
-    return [line[key] for line in map(json.loads, lines) if key in line]
+def _log(out: Path, key: str) -> list[float]:
+    with open(out / "log.csv", newline="") as file:
+        return [float(row[key]) for row in csv.DictReader(file) if row[key]]
+
+
+def _run(out: Path, data: Path, **config: Any) -> loop._Run:
+    job = loop._Job(
+        config={"lr": 1.0, "channels": 1, "schedule": "cosine", **config},
+        out=out,
+        result="xdncnn.safetensors",
+        patches=Patches(data, 12, 1, 0),
+        validation=loop._Validation((25.0,), 1),
+        checkpoint_every=60.0,
+        resume=False,
+        threads=1,
+        spawned=False,
+        metadata={},
+    )
+    return loop._Run(loop._fabric("cpu", 1, "float32"), XDnCNN("2018", 1, 3, 2), job)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata())
+
+
+def _equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def _last(out: Path) -> dict[str, Any]:
+    return dict(torch.load(out / "last.pt", weights_only=True))
 
 
 def _stop_after(monkeypatch: pytest.MonkeyPatch, count: int, number: int) -> None:
@@ -115,15 +168,17 @@ def test_training_learns(data: Path, out: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_the_result_is_the_average_and_tells_its_recipe(data: Path, out: Path) -> None:
-    safetensors = pytest.importorskip("safetensors")
-    path = training.train(data, out, steps=20, sigma=30, **TINY)
+    path = training.train(data, out, steps=20, sigma=30, license="MIT", **TINY)
     state = torch.load(out / "last.pt", weights_only=True)
     saved = XDnCNN.from_pretrained(path).state_dict()
     assert all(torch.equal(saved[key], value) for key, value in state["average"].items())
     assert not torch.equal(saved["tail.weight"], state["model"]["tail.weight"])
-    with safetensors.safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    assert metadata["sigma"] == "30"
+    metadata = _metadata(path)
+    assert metadata["architecture"] == "xdncnn-2018" and metadata["sigma"] == "30"
+    assert metadata["license"] == "MIT" and "psnr" not in " ".join(metadata)
+    assert metadata["sha256"] == checkpoints.sha256(saved)
+    saved["tail.bias"] += 1
+    assert metadata["sha256"] != checkpoints.sha256(saved)
     assert "20 steps" in metadata["recipe"] and "seed 0" in metadata["recipe"]
     assert metadata["data"].startswith("images (3 images, crc32 ")
     assert str(data.parent) not in metadata["data"]
@@ -135,13 +190,11 @@ def test_noise_of_a_range(data: Path, out: Path) -> None:
     assert 5 < deviations.min() < 15 and 35 < deviations.max() < 50
     assert 22 < deviations.mean() < 28
     path = training.train(data, out, steps=20, sigma=(0, 55), val=data, validations=2, **TINY)
-    safetensors = pytest.importorskip("safetensors")
-    with safetensors.safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    assert metadata["sigma"] == "0-55"
-    assert (
-        "(sigma 25)" in metadata["validation_psnr"] and "(sigma 50)" in metadata["validation_psnr"]
-    )
+    metadata = _metadata(path)
+    assert metadata["sigma"] == "0-55" and metadata["license"] == "not stated"
+    assert metadata["protocol"] == "kair" and metadata["validation_data"] == "images"
+    for key in ("validation_psnr", "validation_ssim"):
+        assert "(sigma 25)" in metadata[key] and "(sigma 50)" in metadata[key]
     assert len(_log(out, "psnr")) == 4
     with pytest.raises(ValueError, match=r"\(40, 10\)"):
         training.train(data, out / "b", steps=1, sigma=(40, 10), **TINY)
@@ -157,11 +210,9 @@ def test_colour_starts_from_grey(data: Path, out: Path) -> None:
 
 
 def test_the_average_of_steady_weights_is_those_weights(data: Path, out: Path) -> None:
-    out.mkdir()
-    model = XDnCNN("2018", 1, 3, 2)
-    run = loop._Run(model, {"lr": 1.0, "ema_decay": 0.5}, Patches(data, 12, 1, 0), out)
+    run = _run(out, data, ema_decay=0.5)
     with torch.no_grad():
-        for tensor in model.state_dict().values():
+        for tensor in run.network.state_dict().values():
             tensor.fill_(3)
     for run.step in range(1, 60):
         run._update_average()
@@ -188,21 +239,38 @@ def test_interrupted_and_resumed_is_uninterrupted(
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 51
 
     parts = training.train(data, out, steps=60, resume=True, **TINY)
-    a = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
-    b = torch.load(out / "last.pt", weights_only=True)
-    for key in ("model", "average"):
-        assert all(torch.equal(b[key][name], value) for name, value in a[key].items())
-    for name, value in XDnCNN.from_pretrained(whole).state_dict().items():
-        assert torch.equal(XDnCNN.from_pretrained(parts).state_dict()[name], value)
-    assert _log(out, "step") == _log(tmp_path / "whole", "step") == [50, 60]
+    a, b = _last(tmp_path / "whole"), _last(out)
+    assert _equal(a["model"], b["model"]) and _equal(a["average"], b["average"])
+    a, b = (XDnCNN.from_pretrained(path).state_dict() for path in (whole, parts))
+    assert _equal(a, b)
+    assert _log(out, "step") == [50, 60]
+    for key in ("step", "loss", "lr"):
+        assert _log(out, key) == _log(tmp_path / "whole", key)
 
 
 def test_what_was_logged_after_the_checkpoint_is_dropped(data: Path, out: Path) -> None:
     training.train(data, out, steps=10, **TINY)
-    with open(out / "log.jsonl", "a") as file:
-        file.write('{"step": 11, "loss": 1}\n{"step": 12, "lo')
+    before = (out / "log.csv").read_text()
+    with open(out / "log.csv", "a") as file:
+        file.write("11,1.0,0.5,0.1,,,\n12,1.0,0")
     training.train(data, out, steps=10, resume=True, **TINY)
+    assert (out / "log.csv").read_text() == before
     assert _log(out, "step") == [10]
+
+
+def test_tensorboard_reads_the_log(data: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(loop, "_LOG_EVERY", 5)
+    for steps in (10, 20):
+        options = {"steps": steps, "resume": steps == 20, "val": data, "validations": 2}
+        training.train(data, out, **options, **TINY)
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert {"loss", "lr", "psnr/sigma 25", "ssim/sigma 25"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss")] == [5, 10, 15, 20]
+    values = [event.value for event in events.Scalars("loss")]
+    assert values == pytest.approx(_log(out, "loss"))
 
 
 def test_a_finished_run_can_be_prolonged(data: Path, out: Path) -> None:
@@ -228,8 +296,8 @@ def test_a_full_disk_at_the_log_does_not_stop_a_run(
 ) -> None:
     monkeypatch.setattr(loop, "_LOG_EVERY", 1)
     out.mkdir()
-    (out / "log.jsonl").symlink_to("/dev/full")
-    with pytest.warns(UserWarning, match=r"log\.jsonl.*No space left") as caught:
+    (out / "log.csv").symlink_to("/dev/full")
+    with pytest.warns(UserWarning, match=r"log\.csv.*No space left") as caught:
         path = training.train(data, out, steps=5, **TINY)
     assert path.exists() and len(caught) == 1
 
@@ -268,12 +336,7 @@ def test_time_ends_a_run_with_the_rate_near_zero(
 
 
 def test_the_rate_rises_and_falls(data: Path, out: Path) -> None:
-    run = loop._Run(
-        XDnCNN("2018", 1, 3, 2),
-        {"lr": 1.0, "steps": 1000, "time_budget": 100.0},
-        Patches(data, 12, 1, 0),
-        out,
-    )
+    run = _run(out, data, steps=1000, time_budget=100.0)
     rates = []
     for run.step in range(1001):
         rates.append(run._learning_rate())
@@ -284,6 +347,9 @@ def test_the_rate_rises_and_falls(data: Path, out: Path) -> None:
     assert rates[-1] == pytest.approx(1e-3)
     run.step, run.elapsed = 500, 100.0  # the time is up before the steps are
     assert run.progress == 1 and run._learning_rate() == pytest.approx(1e-3)
+    run.elapsed, run.config["schedule"] = 0.0, "step"
+    for run.step, rate in ((20, 0.525), (40, 1), (499, 1), (500, 0.1), (749, 0.1), (750, 0.01)):
+        assert run._learning_rate() == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("version", ["2018", "2021"])
@@ -304,7 +370,7 @@ def test_init_starts_from_weights(data: Path, out: Path, tmp_path: Path) -> None
     assert all(torch.equal(a[name], b[name]) for name in a if name.endswith("weight"))
     with pytest.raises(ValueError, match="does not fit"):
         training.train(data, tmp_path / "third", init=first, **(TINY | {"features": 4}))
-    with pytest.raises(ValueError, match="version 2018"):
+    with pytest.raises(ValueError, match="xdncnn-2018, not xdncnn-2021"):
         training.train(data, tmp_path / "third", init=first, version="2021", **TINY)
     assert not (tmp_path / "third").exists()
     first.unlink()  # nor is it needed any longer
@@ -327,7 +393,7 @@ def test_a_loss_that_is_not_finite_stops(
 def test_gradients_that_are_not_finite_stop(
     data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_, **__: torch.tensor(math.inf))
     with pytest.raises(ValueError, match="gradient norm inf at step 0"):
         training.train(data, out, steps=9, **TINY)
 
@@ -366,12 +432,23 @@ def test_threads_are_put_back(data: Path, out: Path) -> None:
         ("channels", 2),
         ("features", 0),
         ("version", "2020"),
+        ("model", "xsrgan"),
+        ("loss", "huber"),
+        ("schedule", "linear"),
+        ("accelerator", "tpu"),
+        ("devices", 0),
     ],
 )
 def test_bad_values(data: Path, out: Path, option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{option}.*{value}"):
         training.train(data, out, **(TINY | {option: value}))
     assert not out.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(data: Path, out: Path) -> None:
+    with pytest.raises(ValueError, match="accelerator 'cuda' with devices 1: PyTorch sees 0"):
+        training.train(data, out, **(TINY | {"accelerator": "cuda"}))
 
 
 def test_whole_numbers_only(data: Path, out: Path) -> None:
@@ -416,3 +493,295 @@ def test_a_damaged_checkpoint_is_named(data: Path, out: Path) -> None:
     (out / "last.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match=r"last\.pt.*not a checkpoint"):
         training.train(data, out, steps=3, resume=True, **TINY)
+
+
+def test_pictures_of_a_run(data: Path, out: Path, pictures: None) -> None:
+    training.train(data, out, steps=4, **TINY)
+    for name in ("curves.png", "samples.png"):
+        with Image.open(out / name) as image:
+            assert image.width >= 900 and len(image.convert("L").getcolors()) > 20
+    with Image.open(out / "samples.png") as image:
+        heights = [image.height]
+    training.train(data, out / "b", steps=4, channels=3, val=data, validations=2, **TINY)
+    (data / "1.png").unlink()
+    training.train(data, out / "c", steps=4, **TINY)
+    for run in "bc":
+        with Image.open(out / run / "samples.png") as image:
+            heights.append(image.height)
+    assert heights[0] == heights[1] > heights[2]  # a row for each of three images, and of two
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("xdncnn-2021", {"features": 3, "depth": 1}),
+        ("dncnn", {"features": 3, "depth": 1}),
+        ("xdensenet", {"features": 4}),
+    ],
+)
+def test_models_by_name(data: Path, out: Path, name: str, options: dict[str, Any]) -> None:
+    path = training.train(data, out, model=name, steps=2, **options, **SMALL)
+    assert path == out / f"{name.split('-')[0]}.safetensors"
+    loaded = from_pretrained(path)
+    assert loaded.architecture == _metadata(path)["architecture"] == name
+    assert loaded.config()["features"] == options["features"]
+
+
+def test_depth_is_of_networks_that_have_it(data: Path, out: Path) -> None:
+    with pytest.raises(ValueError, match="depth is not an argument of model 'xdensenet', got 3"):
+        training.train(data, out, model="xdensenet", depth=3, **SMALL)
+    with pytest.raises(TypeError, match="name or a torch module, got 3"):
+        training.train(data, out, model=3, **SMALL)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"no parameters.*Identity"):
+        training.train(data, out, model=torch.nn.Identity(), **SMALL)
+    assert not out.exists()
+
+
+def test_a_model_of_replaced_relus(data: Path, out: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    model = replace_relu(DnCNN(1, 3, 1), torch.zeros(1, 1, 9, 9))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    path = training.train(data, out, model=model, steps=40, lr=1e-2, **SMALL)
+    assert path == out / "model.safetensors"
+    assert _equal(before, model.state_dict())
+    state = load_file(path)
+    model.load_state_dict(state)
+    assert not torch.equal(before["tail.weight"], model.tail.weight)
+    metadata = _metadata(path)
+    assert metadata["architecture"].endswith("DnCNN") and "40 steps" in metadata["recipe"]
+    assert metadata["sha256"] == checkpoints.sha256(state)
+    with pytest.raises(ValueError, match=r"trained with model = 'DnCNN, .* not 'DnCNN, "):
+        training.train(data, out, model=DnCNN(1, 4, 1), resume=True, **SMALL)
+    with pytest.raises(ValueError, match="init is for models by name"):
+        training.train(data, tmp_path / "b", model=model, init=path, **SMALL)
+    with pytest.raises(checkpoints.CheckpointError, match="unknown architecture"):
+        from_pretrained(path)
+
+
+def test_a_network_as_it_was_built(data: Path, out: Path) -> None:
+    path = training.train(data, out, model=DnCNN(3, 3, 1), steps=2, val=data, **SMALL)
+    assert isinstance(from_pretrained(path), DnCNN)  # its BatchNorm is merged
+    assert from_pretrained(path).channels == 3
+
+
+class _Mix(torch.nn.Module):
+    """Colours in, colours out, with some of the weights dropped at random."""
+
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, width, 1)
+        self.drop = torch.nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.conv(x))
+
+
+def test_random_layers_go_on_as_uninterrupted(
+    data: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, options = _Mix(), SMALL | {"channels": 3, "steps": 8}
+    training.train(data, tmp_path / "whole", model=model, val=data, **options)
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 5, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            training.train(data, out, model=model, val=data, **options)
+    training.train(data, out, model=model, val=data, resume=True, **options)
+    assert _equal(_last(out)["model"], _last(tmp_path / "whole")["model"])
+    for key in ("step", "loss", "psnr", "ssim"):
+        assert _log(out, key) == _log(tmp_path / "whole", key)
+    with pytest.raises(ValueError, match=r"shape.*\(4, 2, 12, 12\).*\(4, 3, 12, 12\)"):
+        training.train(data, out / "b", model=_Mix(2), **options)
+
+
+class _Noop(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * x
+
+
+@pytest.mark.parametrize(("loss", "expected"), [("mse", 1.0), ("l1", math.sqrt(2 / math.pi))])
+def test_losses(data: Path, out: Path, loss: str, expected: float) -> None:
+    options = SMALL | {"batch_size": 200}
+    training.train(data, out, model=_Noop(), steps=1, sigma=51, loss=loss, lr=1e-30, **options)
+    power = 2 if loss == "mse" else 1
+    assert _log(out, "loss") == [pytest.approx(expected * 0.2**power, rel=0.02)]
+
+
+def test_validation_of_images_too_small_for_ssim(data: Path, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    Image.new("L", (30, 10), 99).save(tmp_path / "small" / "a.png")
+    path = training.train(data, out, steps=2, val=tmp_path / "small", validations=2, **TINY)
+    assert len(_log(out, "psnr")) == 2 and _log(out, "ssim") == []
+    assert "validation_psnr" in _metadata(path) and "validation_ssim" not in _metadata(path)
+
+
+def test_checkpoints_are_no_further_apart_than_asked(
+    data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr("xunit_rs.training.loop.time.monotonic", lambda: float(next(clock)))
+    saved: list[float] = []
+    save = loop._Run.save
+
+    def noted(self: Any, log: Any) -> None:
+        saved.append(self.elapsed)
+        save(self, log)
+
+    monkeypatch.setattr(loop._Run, "save", noted)
+    training.train(data, out, steps=100, val=data, validations=3, checkpoint_every=40, **TINY)
+    gaps = [after - before for before, after in itertools.pairwise([0.0, *saved])]
+    assert len(saved) > 5 and max(gaps) <= 40 + 6  # and the step that was being computed
+
+
+KILLED = """
+    import os, signal, sys, torch
+    from xunit_rs import training
+    from xunit_rs.training import loop
+
+    loop._Run._draw = lambda _: None
+    count = 0
+
+    def kill():
+        global count
+        count += 1
+        if count == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if sys.argv[3] == "step":
+        update = loop._Run._update_average
+        loop._Run._update_average = lambda self: (kill(), update(self))
+    else:
+        save = torch.save
+
+        def half(state, path):
+            save(state, path)
+            os.truncate(path, os.path.getsize(path) // 2)
+            kill()
+            save(state, path)
+
+        torch.save = half
+    training.train(sys.argv[1], sys.argv[2], steps=20, checkpoint_every=1e-9, **{tiny})
+"""
+
+
+def _python(code: str, *args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("where", ["step", "save"])
+def test_killed_and_resumed_is_uninterrupted(
+    data: Path, out: Path, tmp_path: Path, where: str
+) -> None:
+    done = _python(KILLED.replace("{tiny}", repr(TINY)), data, out, where)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert _last(out)["step"] == 6  # the seventh is all that was lost
+    assert len(list(out.glob(".xunit-rs-*.tmp"))) == (where == "save")
+    parts = training.train(data, out, steps=20, resume=True, **TINY)
+    whole = training.train(data, tmp_path / "whole", steps=20, **TINY)
+    a, b = (XDnCNN.from_pretrained(path).state_dict() for path in (parts, whole))
+    assert _equal(a, b)
+    assert _equal(_last(out)["model"], _last(tmp_path / "whole")["model"])
+    assert _log(out, "loss") == _log(tmp_path / "whole", "loss")
+    assert not list(out.glob(".*"))
+
+
+needs_gloo = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="this PyTorch has no gloo",
+)
+
+
+@needs_gloo
+def test_two_processes_train_as_one(data: Path, out: Path, tmp_path: Path) -> None:
+    # BatchNorm would see half a batch in each.
+    model = DnCNN(1, 3, 2, batch_norm=False)
+    options = SMALL | {"model": model, "steps": 12, "val": data, "validations": 2}
+    one = training.train(data, tmp_path / "one", **options)
+    two = training.train(data, out, devices=2, **options)
+    a, b = (from_pretrained(path).state_dict() for path in (one, two))
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-6)
+    for key in ("loss", "psnr", "ssim"):
+        assert _log(out, key) == pytest.approx(_log(tmp_path / "one", key), rel=1e-4)
+    assert "on 2 x cpu" in _metadata(two)["recipe"]
+
+
+@needs_gloo
+def test_torchrun(data: Path, out: Path, tmp_path: Path) -> None:
+    options = "--model dncnn --features 3 --depth 1 --steps 6 --patch-size 12 --batch-size 4"
+    options += " --precision float32 --accelerator cpu --threads 1"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "xunit_rs", "train", "--data", data, "--out", out]
+    done = subprocess.run(
+        [sys.executable, *map(str, command), *options.split()],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1:] == [str(out / "dncnn.safetensors")]
+    assert done.stdout.count("dncnn.safetensors") == 1
+    assert _log(out, "step") == [6] and _last(out)["step"] == 6
+    assert "on 2 x cpu" in _metadata(out / "dncnn.safetensors")["recipe"]
+
+
+@needs_gloo
+def test_a_signal_ends_all_processes(data: Path, out: Path) -> None:
+    options = "--features 3 --depth 1 --steps 1000000 --patch-size 12 --batch-size 4 --devices 2"
+    options += " --threads 1 --accelerator cpu --checkpoint-every 0.2"
+    command = ["-m", "xunit_rs", "train", "--data", data, "--out", out]
+    with subprocess.Popen(
+        [sys.executable, *map(str, command), *options.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        while not (out / "last.pt").exists() and process.poll() is None:
+            time.sleep(0.1)
+        before = _last(out)["step"]
+        process.terminate()
+        said, _ = process.communicate(timeout=600)  # ends when the last of them closes its stdout
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert _last(out)["step"] >= before and not list(out.glob(".*"))
+
+
+def test_a_batch_is_divided_evenly(data: Path, out: Path) -> None:
+    with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 processes, got 4"):
+        training.train(data, out, devices=3, steps=1, **TINY)
+
+
+def test_what_is_missing_is_named(
+    data: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name)
+    )
+    assert cli.main(["train", "--data", str(data), "--out", str(out), "--patch-size", "12"]) == 1
+    error = capsys.readouterr().err
+    assert "training needs tensorboard: pip install 'xunit-rs[train]'" in error
+    assert not out.exists()
+
+
+def test_lightning_is_imported_by_training_alone() -> None:
+    code = """
+        import sys
+        import xunit_rs.denoise, xunit_rs.cli
+        assert not {"torch", "lightning", "matplotlib"} & sys.modules.keys()
+        import xunit_rs.models, xunit_rs.evaluation, xunit_rs.training
+        assert not {"lightning", "matplotlib", "tensorboard", "skimage"} & sys.modules.keys()
+    """
+    done = _python(code)
+    assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ from __future__ import annotations
 from . import _torch  # noqa: F401
 
 # isort: split
+import hashlib
 import io
 import os
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ __all__ = [
     "load",
     "merge_batch_norm",
     "save",
+    "sha256",
+    "write",
 ]
 
 _PICKLES = (".pkl", ".pt", ".pth", ".ckpt")
@@ -107,7 +110,6 @@ def save(
     architecture, state and config: as in :class:`Checkpoint`; metadata: what else is known, values
     become strings. Raises ValueError for a state that `config` does not call for.
     """
-    save_file = _safetensors().save_file
     path = Path(os.fspath(path))
     if path.suffix.lower() != ".safetensors":
         raise ValueError(f"{path}: the name must end in .safetensors")
@@ -118,9 +120,26 @@ def save(
     header = {str(k): str(v) for k, v in metadata.items()}
     header |= {k: str(v) for k, v in config.items() if k not in _UNSAID}
     header |= {"format": "xunit-rs", "architecture": architecture}
+    write(path, state, header)
+
+
+def write(
+    path: str | os.PathLike[str], state: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write tensors as safetensors, whole or not at all, with their :func:`sha256` beside them."""
+    save_file = _safetensors().save_file
     tensors = {k: t.detach().cpu().contiguous().clone() for k, t in state.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
+    with replacing(Path(os.fspath(path))) as temporary:
+        save_file(tensors, temporary, metadata=dict(metadata) | {"sha256": sha256(tensors)})
+
+
+def sha256(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the tensors' bytes, little endian, in the order of their names."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(state.items()):
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _safetensors() -> Any:

@@ -29,27 +29,38 @@ def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
+def _seconds(text: str) -> float:
+    units = {"s": 1, "m": 60, "h": 3600}
+    return float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text)
+
+
 # Keywords of training.train, which holds the defaults: what is not given is not passed on.
 _TRAIN_OPTIONS: list[tuple[str, Callable[[str], Any], str]] = [
-    ("version", str, "form of the network: 2018 or 2021"),
+    ("model", str, "network to train: xdncnn, dncnn or another denoiser of list_models()"),
+    ("version", str, "form of xdncnn: 2018 or 2021"),
     ("sigma", _sigmas, "noise standard deviation, 0-255 scale, or a range such as 0-55"),
     ("steps", int, "number of optimiser steps; with --resume by default those of before"),
-    ("time-budget", float, "seconds after which training ends, results saved"),
+    ("time-budget", _seconds, "time after which training ends, results saved: 90s, 30m, 2h"),
     ("patch-size", int, "side of the training patches, pixels"),
-    ("batch-size", int, "patches per step"),
+    ("batch-size", int, "patches per step, of all processes together"),
     ("lr", float, "peak learning rate"),
+    ("loss", str, "mse or l1"),
+    ("schedule", str, "how the learning rate falls: cosine or step"),
     ("seed", int, "seed of weights, patches and noise"),
     ("channels", int, "1 (grey) or 3 (colour)"),
-    ("features", int, "width of the network"),
-    ("depth", int, "number of blocks"),
+    ("features", int, "width of the network (default: its own)"),
+    ("depth", int, "number of blocks (default: its own)"),
     ("init", Path, "checkpoint to start from; not read with --resume"),
-    ("val", Path, "folder of clean images to measure PSNR on"),
+    ("val", Path, "folder of clean images to measure PSNR and SSIM on"),
     ("val-sigma", _numbers, "noise to measure it at, such as 25,50 (default: of training)"),
     ("validations", int, "how often over the run"),
     ("precision", str, "auto, float32 or bfloat16"),
     ("ema-decay", float, "decay of the moving average of the weights"),
     ("checkpoint-every", float, "seconds between checkpoints"),
-    ("threads", int, "number of threads"),
+    ("accelerator", str, "auto, cpu or cuda"),
+    ("devices", int, "number of processes; torchrun may start them instead"),
+    ("threads", int, "number of threads of each process"),
+    ("license", str, "of the result, for its metadata"),
 ]
 
 
@@ -74,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _let_go_of_stdout()
         return 1
     except ImportError as error:
+        if "pip install 'xunit-rs[train]'" in str(error):
+            return _fail(str(error))
         if error.name is None or error.name.split(".")[0] not in ("torch", "safetensors"):
             raise
         return fail(f"`{args.command}` needs PyTorch: pip install 'xunit-rs[torch]'")
@@ -196,7 +209,9 @@ def _train(args: argparse.Namespace) -> int:
 
     names = [name.replace("-", "_") for name, _, _ in _TRAIN_OPTIONS] + ["resume"]
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    print(training.train(args.data, args.out, **options))
+    path = training.train(args.data, args.out, **options)
+    if os.environ.get("RANK", "0") == "0":  # torchrun has one of these processes on each device
+        print(path)
     return 0
 
 
