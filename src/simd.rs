@@ -129,6 +129,8 @@ pub trait Simd<T: Scalar>: Copy {
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     /// a · b + c
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The first `n` lanes of x, then zeros.
+    fn keep(self, x: Self::V, n: usize) -> Self::V;
     /// `then` where u ≤ 0, else (NaN too) `other`.
     fn select_le_zero(self, u: Self::V, then: Self::V, other: Self::V) -> Self::V;
     fn sum(self, x: Self::V) -> T;
@@ -264,6 +266,11 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
         self.0.f32().mul_add(a, b, c)
     }
     #[inline(always)]
+    fn keep(self, x: I::F32, n: usize) -> I::F32 {
+        let ops = self.0.f32();
+        ops.select(x, ops.zero(), self.first(n))
+    }
+    #[inline(always)]
     fn select_le_zero(self, u: I::F32, then: I::F32, other: I::F32) -> I::F32 {
         let ops = self.0.f32();
         ops.select(then, other, ops.le(u, ops.zero()))
@@ -373,6 +380,10 @@ impl Simd<f64> for F64 {
     #[inline(always)]
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         lanes(|i| a[i] * b[i] + c[i])
+    }
+    #[inline(always)]
+    fn keep(self, x: Self::V, n: usize) -> Self::V {
+        lanes(|i| if i < n { x[i] } else { 0.0 })
     }
     #[inline(always)]
     fn select_le_zero(self, u: Self::V, then: Self::V, other: Self::V) -> Self::V {

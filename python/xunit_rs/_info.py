@@ -30,9 +30,9 @@ def info(module: nn.Module | None = None) -> Info:
 
     module: instead, for each layer of it that is ours, "rust", or "torch" and why the kernels do
     not apply; for each depthwise nn.Conv2d and official xUnit, whether :func:`accelerate` would
-    swap it. Judged for NCHW inputs of the device and dtype of the weights: on large channels_last
-    tensors `backend="auto"` leaves to PyTorch what it does faster. Raises TypeError for what is no
-    module.
+    swap it. Judged for NCHW inputs of the device and dtype of the weights: of large channels_last
+    tensors `backend="auto"` leaves some depthwise convolutions to PyTorch, which does them faster.
+    Raises TypeError for what is no module.
     """
     if module is not None:
         return _paths(module)

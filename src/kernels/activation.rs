@@ -118,15 +118,7 @@ fn store<T: Scalar, S: Simd<T>>(simd: S, v: S::V, slice: &mut [T], at: usize, n:
 /// `v` with zeros from lane `n` on.
 #[inline(always)]
 fn keep<T: Scalar, S: Simd<T>>(simd: S, v: S::V, n: usize) -> S::V {
-    if n == simd.lanes() {
-        return v;
-    }
-    let mut lanes = [T::ZERO; super::MAX_LANES];
-    // SAFETY: no vector has more than MAX_LANES lanes.
-    unsafe {
-        simd.store(v, lanes.as_mut_ptr());
-        simd.load_first(lanes.as_ptr(), n)
-    }
+    if n == simd.lanes() { v } else { simd.keep(v, n) }
 }
 
 /// Σ (x − origin) and Σ (x − origin)²; an origin near the mean keeps the digits of the variance.
@@ -327,10 +319,11 @@ impl<T: Scalar> Kernel<T> for FillGradient<'_, T> {
         assert!(self.grad.len() == self.d.len());
         let zero = simd.splat(T::ZERO);
         let rows = self.grad.chunks_exact(self.width).zip(self.d.chunks_exact(self.width));
-        let mut sum = 0.0;
+        // Short rows are added up together.
+        let together = BLOCK / self.width.div_ceil(simd.lanes()).clamp(1, BLOCK);
+        let (mut sum, mut a, mut added) = (0.0, zero, 0);
         for (y, (grad, d)) in rows.enumerate() {
             let out = &mut self.padded[self.origin + y * self.ld..][..self.width];
-            let mut a = zero;
             each_vector!(
                 simd,
                 grad.len(),
@@ -341,11 +334,15 @@ impl<T: Scalar> Kernel<T> for FillGradient<'_, T> {
                     a = simd.add(a, keep(simd, v, n));
                 },
                 {
-                    sum += simd.sum(replace(&mut a, zero)).to_f64();
+                    added += 1;
+                    if added == together {
+                        sum += simd.sum(replace(&mut a, zero)).to_f64();
+                        added = 0;
+                    }
                 }
             );
         }
-        sum
+        sum + simd.sum(a).to_f64()
     }
 }
 

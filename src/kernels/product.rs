@@ -196,6 +196,8 @@ struct Strip<T> {
     readable: usize,
     /// A [`Buffer`] to copy them to.
     buffer: *mut T,
+    /// Where the next strip will be read, in b: asked for meanwhile.
+    next: *const T,
 }
 
 impl<T: Scalar> Columns<'_, T> {
@@ -240,7 +242,8 @@ impl<T: Scalar> Columns<'_, T> {
             let depth = DEPTH.min(self.b.rows - k);
             // SAFETY: row k < rows and column x < n of b are readable, as the caller says.
             let b = unsafe { self.b.ptr.add(k * self.b.ld + x) };
-            let mut strip = Strip { x, n, k, depth, b, ld: self.b.ld, readable: n, buffer };
+            let next = b.wrapping_add(V * lanes);
+            let mut strip = Strip { x, n, k, depth, b, ld: self.b.ld, readable: n, buffer, next };
             let mut m = 0;
             while m < rows {
                 let left = (rows - m).min(BLOCK - m % BLOCK);
@@ -279,7 +282,7 @@ impl<T: Scalar> Columns<'_, T> {
     ) {
         let lanes = simd.lanes();
         let rows = R.min(self.a.rows - m);
-        let &Strip { x, n, k, depth, b, ld, readable, buffer } = strip;
+        let &Strip { x, n, k, depth, b, ld, readable, buffer, next } = strip;
         let (n, readable) = if V == 1 { (n, readable) } else { (lanes, lanes) };
         assert!(m < self.a.rows && m % BLOCK + R <= BLOCK);
         let mut acc = [[simd.splat(T::ZERO); V]; R];
@@ -307,8 +310,20 @@ impl<T: Scalar> Columns<'_, T> {
                 }
             }
         }
+        // The rows of a tensor are so far apart that the hardware foresees none of them: the next tile
+        // of c is asked for, and with each row of taps a vector of the next strip. An xUnitD of
+        // 16 × 64 × 64 × 64, k = 7, forward and backward, takes 0.9 times as long with it (Zen 4).
+        let (ahead, column) = if m + R < self.a.rows { (m + R, x) } else { (0, x + V * lanes) };
+        for r in 0..R {
+            for v in 0..V {
+                let at = (ahead + r) * self.c.ld + column + v * lanes;
+                simd.prefetch(self.c.ptr.wrapping_add(at));
+            }
+        }
+        let next = next.wrapping_add(m / R % V * lanes);
         let a = &self.a.blocks[m / BLOCK * self.a.columns + k..][..depth];
         for (i, a) in a.iter().enumerate() {
+            simd.prefetch(next.wrapping_add(i * self.b.ld));
             let mut v = [simd.splat(T::ZERO); V];
             for (j, v) in v.iter_mut().enumerate() {
                 // SAFETY: the caller says that `depth` rows of the strip are readable, and that
