@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except ImportError as error:
         if "pip install 'xunit-rs[train]'" in str(error):
-            return _fail(str(error))
+            return fail(str(error))
         if error.name is None or error.name.split(".")[0] not in ("torch", "safetensors"):
             raise
         return fail(f"`{args.command}` needs PyTorch: pip install 'xunit-rs[torch]'")
