@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO, final
 
-from . import _eval_cli, images
+from . import _demo, _eval_cli, images
 from .denoise import Denoiser, pretrained_names
 
 __all__ = ["main"]
@@ -161,6 +161,8 @@ def _parser() -> argparse.ArgumentParser:
     _eval_cli.add_arguments(
         command("eval", _eval_cli.run, "measure denoisers' PSNR and SSIM on clean images")
     )
+
+    _demo.add_arguments(command("demo", _demo.run, "try the denoiser on a page in the browser"))
 
     command("info", _info, "print versions, instruction set and threads")
     return parser
