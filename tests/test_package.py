@@ -34,7 +34,8 @@ def test_metadata():
     assert set(fields.get_all("License-File")) == {"LICENSE", "LICENSE-APACHE", "LICENSE-MIT"}
     assert fields["Author"] == "The xunit-rs developers"
     assert fields["Requires-Python"] == ">=3.10"
-    assert set(fields.get_all("Provides-Extra")) == {"torch", "train", "eval", "test", "dev"}
+    extras = {"torch", "train", "eval", "demo", "test", "dev"}
+    assert set(fields.get_all("Provides-Extra")) == extras
 
 
 def needs(*extras):
@@ -59,7 +60,8 @@ def test_requirements():
         assert needs(extra) >= core | {"torch", "safetensors"}, extra
     # Before 2.6 a checkpoint could run code.
     assert any(text.startswith("torch>=2.6") for text in metadata.requires("xunit-rs"))
-    assert needs("test") >= {"pytest"}
+    assert needs("demo") == core | {"gradio"}
+    assert needs("test") >= {"pytest", "gradio"}
     assert needs("dev") >= needs("test") | {"ruff", "mypy", "maturin"}
 
 

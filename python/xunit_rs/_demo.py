@@ -26,7 +26,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image
 
 from . import images, noise
-from .denoise import Denoiser, Network, integer_scale, pretrained_names
+from .denoise import Denoiser, integer_scale, pretrained_names
 
 __all__ = ["AUTO", "Page", "Result", "add_arguments", "run"]
 
@@ -42,6 +42,9 @@ _KINDS = {"L": "grey", "LA": "grey, alpha", "RGB": "colour", "RGBA": "colour, al
 _DEPTHS = {"I": "16 bits", "F": "floats"}
 
 
+Figure = tuple[str, str, str]  # caption, value, remark
+
+
 @dataclass(frozen=True)
 class Result:
     """What the page shows of one image: three files and what there is to say."""
@@ -49,10 +52,11 @@ class Result:
     before: Path  # JPEG, for looking only
     after: Path
     file: Path  # the result, as `xunit-rs denoise` would write it
+    kind: str  # its format and depth
     model: str
     sigma: float | None  # estimated, on the scale 0-255; None where the image is too small
     seconds: float
-    figures: list[tuple[str, str, str]]  # caption, value, remark
+    figures: list[Figure]
     notes: list[str]
 
 
@@ -99,31 +103,37 @@ class Page:
                 model, levels = noise.nearest_model(sigma or 0.0, channels)
                 low, high = (f"{level:g}" for level in levels)
                 remark = f"auto: made for σ {low}" + (f" to {high}" if high != low else "")
-            denoiser = Denoiser(self._network(model), strength=strength)
+            network = _Remembering(model, self._results)
             start = time.perf_counter()
-            clean = denoiser(image, progress=tell)
+            clean = Denoiser(network, strength=strength)(image, progress=tell)
             seconds = time.perf_counter() - start
             content = images.encode(clean, image.format)
         notes = [str(w.message) for w in caught if w.category is UserWarning]
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        file = folder / _result_name(name, content)
+        with Image.open(io.BytesIO(content)) as written:
+            file_format = written.format or ""
+        file = folder / _result_name(name, file_format)
         file.write_bytes(content)
         previews = folder / "before.jpg", folder / "after.jpg"
         for picture, preview in zip((image, clean), previews, strict=True):
             preview.write_bytes(_preview(picture))
-        figures = _figures(image, sigma, _sigma(clean), seconds)
-        figures.insert(1, ("Model", model, remark))
-        return Result(*previews, file, model, sigma, seconds, figures, notes)
-
-    def _network(self, name: str) -> Network:
-        return _Remembering(name, Denoiser.from_pretrained(name).network, self._results)
+        figures = [
+            _noise_figure(sigma, _sigma(clean)),
+            ("Model", model, remark),
+            _size_figure(image),
+            _time_figure(image, seconds, network.worked),
+        ]
+        kind = f"{file_format}, {_depth(clean)}"
+        return Result(*previews, file, kind, model, sigma, seconds, figures, notes)
 
 
 class _Remembering:
     """A network that keeps its last results, so that another strength takes no time."""
 
-    def __init__(self, name: str, network: Network, results: dict[tuple[str, bytes], Any]) -> None:
-        self._name, self._network, self._results = name, network, results
+    def __init__(self, name: str, results: dict[tuple[str, bytes], Any]) -> None:
+        self._name, self._network = name, Denoiser.from_pretrained(name).network
+        self._results = results
+        self.worked = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._network, name)
@@ -140,6 +150,7 @@ class _Remembering:
         key = self._name, digest.digest()
         result: npt.NDArray[np.float32] | None = self._results.pop(key, None)
         if result is None:
+            self.worked = True
             result = self._network.denoise(image, tile, threads, progress)
             result.flags.writeable = False
         self._results[key] = result
@@ -152,29 +163,39 @@ def _sigma(image: Image.Image) -> float | None:
     return noise.estimate_sigma(image) if min(image.size) >= 3 else None
 
 
-def _result_name(name: str, content: bytes) -> str:
-    with Image.open(io.BytesIO(content)) as written:
-        file_format = written.format or ""
+def _result_name(name: str, file_format: str) -> str:
     suffix = Path(name).suffix
     if images.output_format(name) != file_format:
         suffix = _SUFFIXES.get(file_format, ".ppm")
     return f"{Path(name).stem}-denoised{suffix}"
 
 
-def _figures(
-    image: Image.Image, before: float | None, after: float | None, seconds: float
-) -> list[tuple[str, str, str]]:
-    megapixels = image.width * image.height / 1e6
+def _noise_figure(before: float | None, after: float | None) -> Figure:
+    if before is None or after is None:
+        return "Noise", "unknown", "too small an image to tell"
+    return "Noise, estimated", f"σ {before:.1f}", f"of 255; afterwards {after:.1f}"
+
+
+def _size_figure(image: Image.Image) -> Figure:
     kind = _KINDS.get(image.mode, "grey")
-    depth = _DEPTHS.get(image.mode.split(";")[0], "8 bits")
-    noise_found = ("unknown", "too small an image to tell")
-    if before is not None and after is not None:
-        noise_found = (f"σ {before:.1f}", f"estimated, of 255; afterwards {after:.1f}")
-    return [
-        ("Noise", *noise_found),
-        ("Size", f"{megapixels:.3g} MP", f"{image.width} × {image.height}, {kind}, {depth}"),
-        ("Time", f"{seconds:.2g} s", f"{megapixels / max(seconds, 1e-9):.2g} MP/s"),
-    ]
+    return (
+        "Size",
+        f"{_megapixels(image):.2g} MP",
+        f"{image.width} × {image.height}, {kind}, {_depth(image)}",
+    )
+
+
+def _time_figure(image: Image.Image, seconds: float, worked: bool) -> Figure:
+    rate = f"{_megapixels(image) / max(seconds, 1e-9):.2g} MP/s"
+    return "Time", f"{seconds:.2g} s", rate if worked else "another strength only"
+
+
+def _megapixels(image: Image.Image) -> float:
+    return image.width * image.height / 1e6
+
+
+def _depth(image: Image.Image) -> str:
+    return _DEPTHS.get(image.mode.split(";")[0], "8 bits")
 
 
 def _preview(image: Image.Image) -> bytes:
@@ -216,6 +237,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     host, port = args.host, _free_port(args.host, args.port)
+    # A process that is terminated removes its files, too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="xunit-rs-demo-", ignore_cleanup_errors=True) as folder:
         # Gradio reads these when it is imported.
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -229,8 +252,6 @@ def run(args: argparse.Namespace) -> int:
             ) from None
         page = Page(Path(folder))
         blocks = _blocks(gr, page)
-        # A terminated process, too, removes its files.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             _, url, _ = blocks.launch(
                 server_name=host,
@@ -257,6 +278,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _free_port(host: str, port: int) -> int:
     """The port, or any that is free for 0; raises OSError if it cannot be listened on."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port must be 0 to 65535, got {port}")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
@@ -264,8 +287,6 @@ def _free_port(host: str, port: int) -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             return int(probe.getsockname()[1])
-    except OverflowError:
-        raise ValueError(f"--port must be 0 to 65535, got {port}") from None
     except OSError as error:
         reason = error.strerror
         if error.errno == errno.EADDRINUSE:
@@ -293,7 +314,7 @@ def _blocks(gr: Any, page: Page) -> Any:
             button = gr.DownloadButton(_DOWNLOAD, value=None, interactive=False)
             return None, _error(Path(path).name, text or type(error).__name__), button, None
         button = gr.DownloadButton(
-            f"Download {result.file.name}", value=str(result.file), interactive=True
+            f"{_DOWNLOAD} ({result.kind})", value=str(result.file), interactive=True
         )
         pair = str(result.before), str(result.after)
         return pair, _text(result), button, str(result.file.parent)
@@ -317,7 +338,7 @@ def _blocks(gr: Any, page: Page) -> Any:
                     value=1,
                     step=0.05,
                     label="Strength",
-                    info="share of the noise to take away",
+                    info="1: all of the noise goes",
                     elem_id="strength",
                 )
                 button = gr.DownloadButton(
@@ -334,7 +355,8 @@ def _blocks(gr: Any, page: Page) -> Any:
                 text = gr.HTML(_WELCOME, elem_id="text")
         last = gr.State(None, delete_callback=_remove)
         gr.on(
-            [file.change, model.input, strength.release],
+            # Not strength.release, which keys do not cause.
+            [file.change, model.input, strength.change],
             denoise,
             [file, model, strength, last],
             [slider, text, button, last],
@@ -364,7 +386,7 @@ def _text(result: Result) -> str:
 def _error(name: str, text: str) -> str:
     text = text.removeprefix(f"{name}: ")
     return (
-        f'<div class="xu-error" role="alert"><b>{html.escape(name)}</b> {html.escape(text)}</div>'
+        f'<div class="xu-error" role="alert"><b>{html.escape(name)}</b>: {html.escape(text)}</div>'
     )
 
 
@@ -375,6 +397,10 @@ def _theme(gr: Any) -> Any:
         neutral_hue="slate",
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
+    ).set(  # Gradio's own are too pale to read
+        body_text_color_subdued="*neutral_500",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_600",
     )
 
 
@@ -393,6 +419,7 @@ _HEAD = (
     "'unsafe-inline' 'unsafe-eval' data: blob:\">"
 )
 _CSS = """
+.html-container { padding: 0 !important; }
 .xu-title { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 1em; }
 .xu-title h1 { margin: 0; font-size: 1.6rem; }
 .xu-title p, .xu-hint, .xu-notes { margin: 0; color: var(--body-text-color-subdued); }
@@ -403,8 +430,9 @@ _CSS = """
     display: flex; flex-direction: column; padding: 10px 14px; border-radius: 8px;
     background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary);
 }
-.xu-figures b { font-size: 1.25rem; white-space: nowrap; }
+.xu-figures b { font-size: 1.2rem; overflow-wrap: anywhere; }
 .xu-figures span, .xu-figures small { color: var(--body-text-color-subdued); }
+#slider .empty { min-height: 420px; }
 .xu-notes p { margin: 8px 0 0; }
 .xu-error {
     padding: 10px 14px; border-radius: 8px; overflow-wrap: anywhere;
