@@ -246,6 +246,7 @@ def run(args: argparse.Namespace) -> int:
         os.environ["GRADIO_TEMP_DIR"] = folder
         try:
             import gradio as gr
+            from starlette.middleware import Middleware  # which comes with it
         except ImportError as error:
             raise RuntimeError(
                 f"`demo` needs Gradio: pip install 'xunit-rs[demo]' ({error})"
@@ -264,7 +265,7 @@ def run(args: argparse.Namespace) -> int:
                 footer_links=[],
                 theme=_theme(gr),
                 css=_CSS,
-                head=_HEAD,
+                app_kwargs={"middleware": [Middleware(_OwnOnly)]},
             )
             print(f"The page is at {url} - Ctrl-C ends it.", flush=True)
             threading.Event().wait()
@@ -274,6 +275,22 @@ def run(args: argparse.Namespace) -> int:
             page.stopping.set()
             blocks.close(verbose=False)
     return 0
+
+
+class _OwnOnly:
+    """ASGI middleware: the page asks nothing of other servers, whatever Gradio's scripts want."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def answer(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                policy = (b"content-security-policy", _POLICY)
+                message["headers"] = [*message.get("headers", ()), policy]
+            await send(message)
+
+        await self.app(scope, receive, answer)
 
 
 def _free_port(host: str, port: int) -> int:
@@ -413,11 +430,7 @@ _TITLE = (
     '<div class="xu-title"><h1>xunit-rs</h1>'
     "<p>Takes the noise out of photos, on this machine: no image leaves it.</p></div>"
 )
-# The page asks nothing of any other server, whatever Gradio's scripts would like to.
-_HEAD = (
-    '<meta http-equiv="Content-Security-Policy" content="default-src \'self\' '
-    "'unsafe-inline' 'unsafe-eval' data: blob:\">"
-)
+_POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 _CSS = """
 .html-container { padding: 0 !important; }
 .xu-title { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 1em; }
