@@ -268,7 +268,8 @@ def run(args: argparse.Namespace) -> int:
                 app_kwargs={"middleware": [Middleware(_OwnOnly)]},
             )
             print(f"The page is at {url} - Ctrl-C ends it.", flush=True)
-            threading.Event().wait()
+            while True:  # a signal that another thread took does not wake this one
+                time.sleep(0.2)
         except KeyboardInterrupt:
             print()
         finally:
