@@ -236,7 +236,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    host, port = args.host, _free_port(args.host, args.port)
+    host = args.host.strip("[]")
+    port = _free_port(host, args.port)
     # A process that is terminated removes its files, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="xunit-rs-demo-", ignore_cleanup_errors=True) as folder:
@@ -255,7 +256,7 @@ def run(args: argparse.Namespace) -> int:
         blocks = _blocks(gr, page)
         try:
             _, url, _ = blocks.launch(
-                server_name=host,
+                server_name=f"[{host}]" if ":" in host else host,  # as in an address
                 server_port=port,
                 inbrowser=not args.no_browser,
                 share=False,
