@@ -133,6 +133,7 @@ def test_figures(page: _demo.Page) -> None:
 def test_another_strength_asks_no_network(page: _demo.Page) -> None:
     whole, half = (page.denoise(SAMPLE, strength=strength) for strength in (1.0, 0.5))
     assert half.figures[3][2] == "another strength only"
+    assert half.figures[1][2] == "auto: made for σ 25; strength 0.5"
     expected = Denoiser.from_pretrained("gray-sigma25", strength=0.5)(SAMPLE)
     assert images.read(half.file).tobytes() == expected.tobytes()
     assert half.file.read_bytes() != whole.file.read_bytes()
@@ -271,6 +272,18 @@ def test_the_server_denoises(client: Any, tmp_path: Path) -> None:
     assert "gray-blind" in text
 
 
+def test_results_do_not_pile_up(tmp_path: Path) -> None:
+    gradio_client = pytest.importorskip("gradio_client")
+    folder = tmp_path / "files"
+    folder.mkdir()
+    source = save(tmp_path / "a.png", "L")
+    with serving(folder) as address:
+        client = gradio_client.Client(address, verbose=False, analytics_enabled=False)
+        for strength in (1, 0.9, 0.8, 0.7, 0.6):
+            client.predict(gradio_client.handle_file(source), "auto", strength, api_name="/denoise")
+        assert len(list(folder.rglob("a-denoised.png"))) == 3
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [("notes.png", "not an image"), ("broken.jpg", "truncated"), ("huge.png", "too large")],
@@ -402,7 +415,7 @@ def test_model_and_strength_act_at_once(tab: Any, tmp_path: Path) -> None:
     tab.wait_for_selector("#text :text('gray-blind')")
     tab.focus("#strength input[type=range]")
     tab.keyboard.press("ArrowLeft")
-    tab.wait_for_selector("#text :text('another strength only')")
+    tab.wait_for_selector("#text :text('strength 0.95')")
     tab.wait_for_timeout(500)  # the new file's address follows the text
     expected = Denoiser.from_pretrained("gray-blind", strength=0.95)(SAMPLE)
     assert images.read(download(tab, tmp_path)).tobytes() == expected.tobytes()

@@ -119,7 +119,7 @@ class Page:
             preview.write_bytes(_preview(picture))
         figures = [
             _noise_figure(sigma, _sigma(clean)),
-            ("Model", model, remark),
+            ("Model", model, remark if strength == 1 else f"{remark}; strength {strength:g}"),
             _size_figure(image),
             _time_figure(image, seconds, network.worked),
         ]
@@ -317,11 +317,13 @@ def _blocks(gr: Any, page: Page) -> Any:
     bar = gr.Progress()
 
     def denoise(
-        path: str | None, model: str, strength: float, last: str | None, progress: Any = bar
+        path: str | None, model: str, strength: float, folders: list[str], progress: Any = bar
     ) -> tuple[Any, ...]:
-        _remove(last)
+        _remove(folders[:-2])  # the browser may still be fetching those
+        folders = folders[-2:]
+        none = gr.DownloadButton(_DOWNLOAD, value=None, interactive=False)
         if path is None:
-            return None, _WELCOME, gr.DownloadButton(_DOWNLOAD, value=None, interactive=False), None
+            return None, _WELCOME, none, folders
         try:
             result = page.denoise(
                 path, model, strength, lambda share: progress(share, desc="Denoising")
@@ -330,13 +332,11 @@ def _blocks(gr: Any, page: Page) -> Any:
             if os.environ.get("XUNIT_DEBUG", "0") != "0":
                 traceback.print_exc()
             text = "out of memory" if isinstance(error, MemoryError) else str(error)
-            button = gr.DownloadButton(_DOWNLOAD, value=None, interactive=False)
-            return None, _error(Path(path).name, text or type(error).__name__), button, None
-        button = gr.DownloadButton(
-            f"{_DOWNLOAD} ({result.kind})", value=str(result.file), interactive=True
-        )
+            return None, _error(Path(path).name, text or type(error).__name__), none, folders
+        label = f"{_DOWNLOAD} ({result.kind})"
+        button = gr.DownloadButton(label, value=str(result.file), interactive=True)
         pair = str(result.before), str(result.after)
-        return pair, _text(result), button, str(result.file.parent)
+        return pair, _text(result), button, [*folders, str(result.file.parent)]
 
     with gr.Blocks(title="xunit-rs", analytics_enabled=False) as blocks:
         gr.HTML(_TITLE)
@@ -372,13 +372,13 @@ def _blocks(gr: Any, page: Page) -> Any:
                     elem_id="slider",
                 )
                 text = gr.HTML(_WELCOME, elem_id="text")
-        last = gr.State(None, delete_callback=_remove)
+        folders = gr.State([], delete_callback=_remove)
         gr.on(
             # Not strength.release, which keys do not cause.
             [file.change, model.input, strength.change],
             denoise,
-            [file, model, strength, last],
-            [slider, text, button, last],
+            [file, model, strength, folders],
+            [slider, text, button, folders],
             api_name="denoise",
             trigger_mode="always_last",
             concurrency_limit=1,
@@ -387,8 +387,8 @@ def _blocks(gr: Any, page: Page) -> Any:
     return blocks
 
 
-def _remove(folder: str | None) -> None:
-    if folder is not None:
+def _remove(folders: list[str]) -> None:
+    for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
 
