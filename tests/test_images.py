@@ -146,6 +146,27 @@ def test_webp_without_loss_stays_without_loss(tmp_path: Path) -> None:
         assert "lossless" not in images.read(tmp_path / f"{name}.webp").info
 
 
+def test_webp_without_loss_keeps_colours_that_alpha_hides(tmp_path: Path) -> None:
+    array = np.asarray(pixels("RGBA")).copy()
+    array[:4, :, 3] = 0
+    Image.fromarray(array).save(tmp_path / "a.webp", lossless=True, exact=True)
+    images.write(images.read(tmp_path / "a.webp"), tmp_path / "b.webp")
+    np.testing.assert_array_equal(np.asarray(images.read(tmp_path / "b.webp")), array)
+
+
+def test_a_tiff_of_16_bits_whose_white_is_zero(tmp_path: Path) -> None:
+    array = np.arange(12, dtype="<u2").reshape(3, 4)
+    entries = [(256, 4), (257, 3), (258, 16), (259, 1), (262, 0), (273, 122), (277, 1), (278, 3)]
+    entries.append((279, 24))
+    fields = [struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in entries]
+    head = b"II" + struct.pack("<HIH", 42, 8, len(fields)) + b"".join(fields)
+    (tmp_path / "a.tif").write_bytes(head.ljust(122, b"\0") + array.tobytes())
+    image = images.read(tmp_path / "a.tif")
+    np.testing.assert_array_equal(np.asarray(image), 65535 - array)
+    images.write(image, tmp_path / "b.tif")
+    np.testing.assert_array_equal(np.asarray(images.read(tmp_path / "b.tif")), 65535 - array)
+
+
 def test_mode_i_becomes_a_png_of_16_bits(tmp_path: Path) -> None:
     values = np.array([[0, 65535, 300]], np.int32)
     image = Image.fromarray(values)

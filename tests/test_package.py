@@ -34,7 +34,8 @@ def test_metadata():
     assert set(fields.get_all("License-File")) == {"LICENSE", "LICENSE-APACHE", "LICENSE-MIT"}
     assert fields["Author"] == "The xunit-rs developers"
     assert fields["Requires-Python"] == ">=3.10"
-    assert set(fields.get_all("Provides-Extra")) == {"torch", "train", "eval", "test", "dev"}
+    extras = {"torch", "train", "eval", "demo", "test", "dev"}
+    assert set(fields.get_all("Provides-Extra")) == extras
 
 
 def needs(*extras):
@@ -60,7 +61,8 @@ def test_requirements():
     # Before 2.6 a checkpoint could run code.
     assert any(text.startswith("torch>=2.6") for text in metadata.requires("xunit-rs"))
     assert needs("train") >= {"lightning", "matplotlib", "scikit-image", "tensorboard"}
-    assert needs("test") >= needs("train") | {"pytest"}
+    assert needs("test") >= needs("train") | {"pytest", "gradio"}
+    assert needs("demo") == core | {"gradio"}
     assert needs("dev") >= needs("test") | {"ruff", "mypy", "maturin"}
 
 

@@ -149,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     command("eval", "measure denoisers' PSNR and SSIM on clean images", "._eval_cli")
+    command("demo", "try the denoiser on a page in the browser", "._demo")
     command("info", "print versions, instruction set and threads", _info)
     return parser
 

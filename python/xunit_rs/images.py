@@ -69,6 +69,7 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 # Compressions of a file that was read which lose, or take bilevel images only.
 _TIFF_UNFIT = ("jpeg", "tiff_jpeg", "webp", "tiff_ccitt", "group3", "group4", "tiff_raw_16")
 
+_PHOTOMETRIC_TAG = 262
 _XMP_TAG, _XMP_TEXT = 700, "XML:com.adobe.xmp"
 _JPEG_SEGMENT = 65_000  # bytes: what one holds, less its header
 # Tags that say how a TIFF file stores its pixels; the new file has its own. XMP and the ICC profile
@@ -184,6 +185,8 @@ def read(
         info = image.info | more
         if grey:
             image = Image.merge("LA", (image.getchannel(0), image.getchannel(3)))
+        if image.mode.startswith("I;16") and _white_is_zero(opened):
+            image = _inverted(image)
         # A copy has no file behind it, so it outlives `with`.
         image = image.copy() if image is opened else image
         image.info = info
@@ -224,6 +227,17 @@ def stripped(image: Image.Image) -> Image.Image:
     turned.info = {key: image.info[key] for key in _COMPRESSION & set(image.info)}
     turned.format = image.format
     return turned
+
+
+def _white_is_zero(image: Image.Image) -> bool:
+    """Whether a TIFF file stores a negative; Pillow turns those of 8 bits only."""
+    return image.format == "TIFF" and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == 0
+
+
+def _inverted(image: Image.Image) -> Image.Image:
+    # 65535 - v is ~v, in any byte order.
+    content = ~np.frombuffer(image.tobytes(), np.uint8)
+    return Image.frombytes(image.mode, image.size, content.tobytes())
 
 
 def _is_lossless_webp(source: str | IO[bytes]) -> bool:
@@ -360,7 +374,7 @@ def _options(info: dict[Any, Any], file_format: str, name: str) -> dict[str, Any
     """Arguments of Pillow's `save`: quality, and the metadata."""
     options = dict(_SAVE_OPTIONS.get(file_format, {}))
     if file_format == "WEBP" and info.get("lossless"):
-        options = {"lossless": True}
+        options = {"lossless": True, "exact": True}  # or colours that alpha hides are lost
     if file_format == "TIFF" and info.get("compression") in _TIFF_UNFIT:
         options["compression"] = "tiff_lzw"
     options |= {key: info[key] for key in _CARRIED if info.get(key)}
