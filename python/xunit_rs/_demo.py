@@ -425,8 +425,8 @@ def _theme(gr: Any) -> Any:
 
 _DOWNLOAD = "Download"
 _WELCOME = (
-    '<div class="xu-hint">Drop a photo on the left: PNG, JPEG, TIFF or WebP, grey or colour. What you '
-    "get back has the same format, depth and metadata; only colour of 16 bits comes in 8.</div>"
+    '<div class="xu-hint">Drop a photo on the left: PNG, JPEG, TIFF or WebP, grey or colour. What '
+    "you get back has the same format, depth and metadata; only colour of 16 bits comes in 8.</div>"
 )
 _TITLE = (
     '<div class="xu-title"><h1>xunit-rs</h1>'
