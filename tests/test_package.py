@@ -34,7 +34,7 @@ def test_metadata():
     assert set(fields.get_all("License-File")) == {"LICENSE", "LICENSE-APACHE", "LICENSE-MIT"}
     assert fields["Author"] == "The xunit-rs developers"
     assert fields["Requires-Python"] == ">=3.10"
-    extras = {"torch", "train", "eval", "demo", "test", "dev"}
+    extras = {"torch", "train", "eval", "demo", "test", "notebooks", "dev"}
     assert set(fields.get_all("Provides-Extra")) == extras
 
 
@@ -56,14 +56,15 @@ def needs(*extras):
 def test_requirements():
     core = {"numpy", "pillow"}
     assert needs() == core
-    for extra in ("torch", "train", "test", "dev"):
+    for extra in ("torch", "train", "test", "notebooks", "dev"):
         assert needs(extra) >= core | {"torch", "safetensors"}, extra
     # Before 2.6 a checkpoint could run code.
     assert any(text.startswith("torch>=2.6") for text in metadata.requires("xunit-rs"))
     assert needs("train") >= {"lightning", "matplotlib", "scikit-image", "tensorboard"}
     assert needs("test") >= needs("train") | {"pytest", "gradio"}
     assert needs("demo") == core | {"gradio"}
-    assert needs("dev") >= needs("test") | {"ruff", "mypy", "maturin"}
+    assert needs("notebooks") >= {"jupytext", "nbmake", "matplotlib", "torchvision", "scikit-image"}
+    assert needs("dev") >= needs("test") | needs("notebooks") | {"ruff", "mypy", "maturin"}
 
 
 def test_command():
