@@ -211,6 +211,7 @@ def train(
         resume=resume,
         threads=threads,
         spawned=devices > 1 and not _under_torchrun(),
+        connects=not (torch.distributed.is_available() and torch.distributed.is_initialized()),
         metadata={"data": Path(data).resolve().name, "license": license or "not stated"},
     )
     with _seeded(seed, accelerator):
@@ -256,6 +257,8 @@ class _Job:
     resume: bool
     threads: int | None
     spawned: bool
+    # Whether the group of processes is made, and ended, by this run.
+    connects: bool
     metadata: dict[str, str]
 
 
@@ -295,9 +298,15 @@ def _work(fabric: Any, job: _Job, network: nn.Module) -> Path | BaseException:
                 job.out.mkdir(parents=True, exist_ok=True)
             fabric.barrier()
             run.loop()
-            return run.finish()
+            result: Path | BaseException = run.finish()
     except (TrainingError, KeyboardInterrupt, SystemExit) as error:
-        return error
+        result = error
+    if fabric.world_size > 1 and job.connects:
+        # Fabric leaves a group of gloo's to the end of the process, where threads of it that still
+        # run, because another process is slower, would abort this one.
+        fabric.barrier()
+        torch.distributed.destroy_process_group()
+    return result
 
 
 class _Run:
