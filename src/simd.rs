@@ -139,7 +139,7 @@ pub trait Simd<T: Scalar>: Copy {
     /// Eight rows of eight elements, `from_ld` apart, become columns: rows `to_ld` apart.
     ///
     /// # Safety
-    /// The rows must be valid for reading and for writing.
+    /// The rows must be valid for reading and for writing, and not overlap.
     #[inline(always)]
     unsafe fn transpose(self, from: *const T, from_ld: usize, to: *mut T, to_ld: usize) {
         // SAFETY: the caller's promise.
@@ -149,6 +149,9 @@ pub trait Simd<T: Scalar>: Copy {
 }
 
 /// [`Simd::transpose`], element by element.
+///
+/// # Safety
+/// As there.
 #[inline(always)]
 unsafe fn transpose<T: Scalar>(from: *const T, from_ld: usize, to: *mut T, to_ld: usize) {
     for i in 0..8 {

@@ -4,16 +4,17 @@
 mod common;
 
 use common::owned::{depthwise_backward, depthwise_forward};
-use common::{Noise, cast, close, close_beside, flat, nan, on_every_isa, spread};
+use common::{Noise, cast, close, close_beside, flat, nan, on_every_isa, same_bits, spread};
 use ndarray::{Array1, Array3, Array4, ArrayView2, s};
 use xunit_rs::kernels::activation::{
     AddFinished, Affine, Apply, Fill, FillGradient, Finish, Gate, GateGradient, NormGradient,
     ReluGradient, Sums,
 };
+use xunit_rs::kernels::transpose::Transpose;
 use xunit_rs::kernels::{MAX_LANES, conv, general};
 use xunit_rs::reference;
 use xunit_rs::shape::{Batch, Conv, Geometry};
-use xunit_rs::simd::{Scalar, available};
+use xunit_rs::simd::{Isa, Scalar, available};
 
 /// Kernel extents: each size that has its own code, those between, even ones, flat and tall ones.
 const KERNELS: [(usize, usize); 26] = [
@@ -147,7 +148,7 @@ fn convolution_in<T: Scalar>(
                 kernel,
                 out,
                 block,
-                next: [&[]; 2],
+                next: [next, &grad[..grad.len().min(ow * 3)]],
             };
             T::dispatch(isa, job);
             let sum: Vec<T> = sum.iter().map(|&sum| T::from_f64(sum)).collect();
@@ -615,4 +616,47 @@ fn depthwise_gradients_that_nobody_needs_are_not_computed() {
             assert_eq!(some.bias, all.bias.clone().filter(|_| needs[2]));
         }
     }
+}
+
+/// Every remainder of the tiles, between elements that are not touched.
+#[test]
+fn transposes() {
+    for isa in available() {
+        for pixels in 1..=40 {
+            for channels in 1..=20 {
+                transpose_in::<f32>(isa, pixels, channels);
+                transpose_in::<f64>(isa, pixels, channels);
+            }
+        }
+    }
+}
+
+fn transpose_in<T: Scalar>(isa: Isa, pixels: usize, channels: usize) {
+    let (step, plane) = (channels + pixels % 3, pixels + channels % 4);
+    let number = |p: usize, c: usize| T::from_f64((p * 100 + c) as f64);
+    let case = || format!("{isa}: {pixels} pixels, {channels} channels");
+    let mut last = nan::<T>(pixels * step);
+    let mut planes = nan::<T>(channels * plane);
+    for p in 0..pixels {
+        for c in 0..channels {
+            last[p * step + c] = number(p, c);
+            planes[c * plane + p] = number(p, c);
+        }
+    }
+    let mut got = nan::<T>(planes.len());
+    T::dispatch(isa, Transpose::gather((&last, step), (&mut got, plane), pixels, channels));
+    same_bits(&got, &planes, || format!("gather, {}", case()));
+    let mut got = nan::<T>(last.len());
+    // SAFETY: the target is as long as `pixels` times `step`.
+    let job =
+        unsafe { Transpose::scatter((&planes, plane), (got.as_mut_ptr(), step), pixels, channels) };
+    T::dispatch(isa, job);
+    same_bits(&got, &last, || format!("scatter, {}", case()));
+}
+
+#[test]
+#[should_panic = "too many elements"]
+fn a_transpose_whose_extent_overflows() {
+    let mut to = [0f32; 17];
+    let _ = Transpose::gather((&[0f32; 1], 1 << 60), (&mut to, 17), 17, 1);
 }

@@ -346,8 +346,10 @@ fn xunits_match_the_reference() {
         let mut noise = Noise::new(1);
         for kind in units() {
             for k in [1, 3, 5, 7, 9, 11] {
-                for (n, c, h, w) in [(2, 3, 1 + noise.below(12), 1 + noise.below(40)), (1, 1, 3, 2)]
-                {
+                let mut extents = || (1 + noise.below(12), 1 + noise.below(40));
+                let ((h, w), (low, narrow)) = (extents(), extents());
+                // In channels_last, 19 channels are two whole tiles and more.
+                for (n, c, h, w) in [(2, 3, h, w), (1, 1, 3, 2), (1, 19, low, narrow)] {
                     let batch = Batch::new(&[n, c, h, w]).unwrap();
                     let biases = noise.below(3) > 0;
                     let (unit, x) = unit_and_input(&mut noise, batch, kind, k, biases);
@@ -502,8 +504,8 @@ fn xunits_have_the_same_bits_at_every_thread_count() {
     }
     let mut noise = Noise::new(8);
     // Fewer and more images than the partial sums of the pointwise weight; fewer and more channels
-    // than threads.
-    for batch in [[1, 5, 17, 23], [3, 2, 9, 33], [19, 3, 6, 7]] {
+    // than threads, and than groups of channels.
+    for batch in [[1, 5, 17, 23], [3, 2, 9, 33], [19, 3, 6, 7], [2, 19, 33, 29]] {
         let batch = Batch::new(&batch).unwrap();
         for kind in units() {
             let unit = unit(&mut noise, batch.c, kind, 5, true);

@@ -645,7 +645,7 @@ def _unit_backward(
         _ready(weight, dtype),
         norms[0],
         norms[1],
-        _to_write(None if grads[0] is None else _in_order(grads[0], last)),
+        _to_write(_in_order(grads[0], last)),
         _to_write(gp),
         _to_write(grads[1]),
         _to_write(grads[2]),

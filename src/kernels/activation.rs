@@ -319,8 +319,9 @@ impl<T: Scalar> Kernel<T> for FillGradient<'_, T> {
         assert!(self.grad.len() == self.d.len());
         let zero = simd.splat(T::ZERO);
         let rows = self.grad.chunks_exact(self.width).zip(self.d.chunks_exact(self.width));
-        // Short rows are added up together.
-        let together = BLOCK / self.width.div_ceil(simd.lanes()).clamp(1, BLOCK);
+        // Short rows are added up together: a row ends with one flush, or two if its last vector is partial.
+        let flushes = if self.width.is_multiple_of(simd.lanes()) { 1 } else { 2 };
+        let together = flushes * (BLOCK / self.width.div_ceil(simd.lanes()).clamp(1, BLOCK));
         let (mut sum, mut a, mut added) = (0.0, zero, 0);
         for (y, (grad, d)) in rows.enumerate() {
             let out = &mut self.padded[self.origin + y * self.ld..][..self.width];

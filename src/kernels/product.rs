@@ -9,7 +9,7 @@
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
-use super::MAX_LANES;
+use super::{MAX_LANES, extent};
 use crate::simd::{Kernel, Scalar, Simd};
 
 /// Rows of `n` elements, `ld` apart, to read.
@@ -67,13 +67,6 @@ impl<'a, T> RowsMut<'a, T> {
         extent(rows, ld, n);
         Self { ptr, rows, ld, n, data: PhantomData }
     }
-}
-
-/// The elements from the first of the first row to the last of the last, checked.
-fn extent(rows: usize, ld: usize, n: usize) -> usize {
-    assert!(rows > 0 && n > 0 && (rows == 1 || ld >= n), "{rows} rows of {n}, {ld} apart");
-    let extent = (rows - 1).checked_mul(ld).and_then(|start| start.checked_add(n));
-    extent.filter(|&extent| extent <= isize::MAX as usize / 8).expect("too many elements")
 }
 
 /// Rows of a matrix that are packed together: whole register tiles of 8 and of 6 rows.
@@ -316,14 +309,14 @@ impl<T: Scalar> Columns<'_, T> {
         let (ahead, column) = if m + R < self.a.rows { (m + R, x) } else { (0, x + V * lanes) };
         for r in 0..R {
             for v in 0..V {
-                let at = (ahead + r) * self.c.ld + column + v * lanes;
+                let at = (ahead + r).wrapping_mul(self.c.ld) + column + v * lanes;
                 simd.prefetch(self.c.ptr.wrapping_add(at));
             }
         }
         let next = next.wrapping_add(m / R % V * lanes);
         let a = &self.a.blocks[m / BLOCK * self.a.columns + k..][..depth];
         for (i, a) in a.iter().enumerate() {
-            simd.prefetch(next.wrapping_add(i * self.b.ld));
+            simd.prefetch(next.wrapping_add(i.wrapping_mul(self.b.ld)));
             let mut v = [simd.splat(T::ZERO); V];
             for (j, v) in v.iter_mut().enumerate() {
                 // SAFETY: the caller says that `depth` rows of the strip are readable, and that

@@ -2,6 +2,7 @@
 
 use std::marker::PhantomData;
 
+use super::extent;
 use crate::simd::{Kernel, Scalar, Simd};
 
 /// Extents of a tile: those of [`Simd::transpose`].
@@ -24,17 +25,34 @@ pub struct Transpose<'a, T> {
 
 impl<'a, T> Transpose<'a, T> {
     /// From channels_last, from the first channel of the first pixel on, `step` channels in a pixel,
-    /// to planes of `plane` elements.
+    /// to planes `plane` elements apart.
+    ///
+    /// Panics if data are too short, a number is zero or pixels or planes overlap.
     pub fn gather(
-        (from, step): (&'a [T], usize),
+        from: (&'a [T], usize),
         (to, plane): (&'a mut [T], usize),
         pixels: usize,
         channels: usize,
     ) -> Self {
-        assert!(channels <= step && pixels <= plane && pixels * channels > 0);
-        assert!(from.len() >= (pixels - 1) * step + channels);
-        assert!(to.len() >= (channels - 1) * plane + pixels);
-        let (from, to) = (from.as_ptr(), to.as_mut_ptr());
+        assert!(to.len() >= extent(channels, plane, pixels));
+        // SAFETY: the target is long enough by the assertion above, and borrowed for 'a.
+        unsafe { Self::gather_to(from, (to.as_mut_ptr(), plane), pixels, channels) }
+    }
+
+    /// [`Transpose::gather`] to planes of which other pixels may be in use elsewhere.
+    ///
+    /// # Safety
+    /// For 'a, `pixels` elements from each of `channels` places `plane` apart, from `to` on, must be
+    /// valid for writing, and nobody else's.
+    pub unsafe fn gather_to(
+        (from, step): (&'a [T], usize),
+        (to, plane): (*mut T, usize),
+        pixels: usize,
+        channels: usize,
+    ) -> Self {
+        assert!(from.len() >= extent(pixels, step, channels));
+        extent(channels, plane, pixels);
+        let from = from.as_ptr();
         let (from_step, to_step, data) = ((step, 1), (1, plane), PhantomData);
         Self { from, from_step, to, to_step, pixels, channels, data }
     }
@@ -43,16 +61,16 @@ impl<'a, T> Transpose<'a, T> {
     /// other channels of the pixels meanwhile.
     ///
     /// # Safety
-    /// For 'a, `channels` elements from each of `pixels` places `step` apart, from `to` on, must be valid
-    /// for writing, and nobody else's.
+    /// For 'a, `channels` elements from each of `pixels` places `step` apart, from `to` on, must be
+    /// valid for writing, and nobody else's.
     pub unsafe fn scatter(
         (from, plane): (&'a [T], usize),
         (to, step): (*mut T, usize),
         pixels: usize,
         channels: usize,
     ) -> Self {
-        assert!(channels <= step && pixels <= plane && pixels * channels > 0);
-        assert!(from.len() >= (channels - 1) * plane + pixels);
+        assert!(from.len() >= extent(channels, plane, pixels));
+        extent(pixels, step, channels);
         let from = from.as_ptr();
         let (from_step, to_step, data) = ((1, plane), (step, 1), PhantomData);
         Self { from, from_step, to, to_step, pixels, channels, data }

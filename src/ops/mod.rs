@@ -32,7 +32,7 @@ use crate::shape::{Batch, Geometry, ShapeError, shape_error};
 struct Planes<'a, T> {
     ptr: *mut T,
     batch: Batch,
-    /// The channel that its first one is.
+    /// The channel of the whole that its first one is.
     first: usize,
     tensor: PhantomData<&'a mut [T]>,
 }

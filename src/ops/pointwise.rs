@@ -69,15 +69,14 @@ impl Panels {
             RowsMut::from_raw(first, c, plane, pixels.len())
         }
     }
-}
 
-/// Panels of tensors in channels_last, copied to rows.
-impl Panels {
-    /// The distance of the rows: no multiple of what one way of the first-level cache holds.
+    /// The distance of the rows of a copy: aligned, and an odd number of vectors, lest rows fall on the
+    /// same lines of the cache.
     fn ld(&self, i: usize) -> usize {
-        self.pixels(i).1.len() + MAX_LANES
+        self.pixels(i).1.len().next_multiple_of(MAX_LANES) | MAX_LANES
     }
 
+    /// Panel i of a tensor in channels_last, copied to rows.
     fn gather<T: Scalar>(&self, tensor: &[T], i: usize) -> Scratch<T> {
         let (Batch { c, .. }, plane) = (self.batch, self.batch.plane());
         let (n, pixels) = self.pixels(i);

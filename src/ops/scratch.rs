@@ -28,12 +28,13 @@ pub(crate) struct Scratch<T> {
 impl<T: Scalar> Scratch<T> {
     pub(crate) fn new(len: usize) -> Self {
         let count = (len * size_of::<T>()).div_ceil(size_of::<Line>());
-        // The smallest that will do; none is grown, which would copy what nobody reads.
+        // The smallest that will do, but none that others will ask for; none is grown, which would copy
+        // what nobody reads.
         let lines = SPARE.with_borrow_mut(|spare| {
-            let long = |lines: &Vec<Line>| count > 0 && lines.len() >= count;
-            let fits = spare.iter().enumerate().filter(|(_, lines)| long(lines));
-            let best = fits.min_by_key(|(_, lines)| lines.len()).map(|(i, _)| i);
-            best.map(|i| spare.swap_remove(i))
+            let fits = |lines: &Vec<Line>| (count..=4 * count).contains(&lines.len());
+            let fit = spare.iter().enumerate().filter(|(_, lines)| fits(lines));
+            let best = fit.min_by_key(|(_, lines)| lines.len()).map(|(i, _)| i);
+            best.map(|i| spare.remove(i))
         });
         let lines = lines.unwrap_or_else(|| memory::filled(count, Line([0; 64])));
         Self { lines, len, kind: PhantomData }
@@ -49,9 +50,8 @@ impl<T> Drop for Scratch<T> {
         // The thread may be ending, and its spare memory be gone.
         let _ = SPARE.try_with(|spare| {
             let mut spare = spare.borrow_mut();
-            // The smallest give way: they are the quickest to have anew.
             spare.push(lines);
-            spare.sort_unstable_by_key(Vec::len);
+            // What has lain there longest gives way.
             while spare.iter().map(Vec::len).sum::<usize>() > KEPT_LINES {
                 spare.remove(0);
             }

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use super::groups::{Groups, Layout};
+use super::groups::{self, Groups, Layout};
 use super::pointwise::Pointwise;
 use super::scratch::{Scratch, Window};
 use super::{Planes, Source, expect_len, optional_len, turned};
@@ -268,27 +268,36 @@ pub fn xunit_forward<T: Scalar>(
     let out_planes = Planes::new(out, batch);
     let stats_planes = Planes::new(&mut stats, Batch { n: 1, c: batch.c, h: 1, w: 4 });
     let task = Forward { unit, geometry, p, d: d.map(|d| Planes::new(d, batch)) };
-    match layout {
-        Layout::Planes => parallel::for_each(threads, batch.c, |c| {
+    let each_channel = |x: &[T], out: &Planes<'_, T>| {
+        parallel::for_each(threads, batch.c, |c| {
             // SAFETY: this task alone names channel c.
-            let stats = unsafe { stats_planes.plane(0, c) };
-            task.channel(c, Source { tensor: x, batch, first: 0 }, &out_planes, stats);
-        }),
-        Layout::ChannelsLast => {
-            let groups = Groups::new::<T>(batch, threads);
-            parallel::for_each(threads, groups.len(), |i| {
-                let (first, group) = groups.group(i);
-                let x = groups.gather(x, i);
-                let mut out = Scratch::new(group.size());
-                let planes = Planes::group(&mut out, group, first);
-                for c in first..first + group.c {
-                    // SAFETY: this task alone names channel c.
-                    let stats = unsafe { stats_planes.plane(0, c) };
-                    task.channel(c, groups.source(&x, i), &planes, stats);
+            unsafe {
+                let x = Source { tensor: x, batch, first: 0 };
+                task.channel(c, x, out, stats_planes.plane(0, c));
+            }
+        });
+    };
+    match (layout, Groups::new::<T>(batch, threads)) {
+        (Layout::Planes, _) => each_channel(x, &out_planes),
+        (Layout::ChannelsLast, Some(groups)) => parallel::for_each(threads, groups.len(), |i| {
+            let (first, group) = groups.group(i);
+            let x = groups.gather(x, i);
+            let mut out = Scratch::new(group.size());
+            let planes = Planes::group(&mut out, group, first);
+            for c in first..first + group.c {
+                // SAFETY: this task alone names channel c, and `planes` are its own.
+                unsafe {
+                    task.channel(c, groups.source(&x, i), &planes, stats_planes.plane(0, c));
                 }
-                // SAFETY: this task alone names these channels.
-                unsafe { groups.scatter(&out, &out_planes, i) };
-            });
+            }
+            // SAFETY: this task alone names these channels.
+            unsafe { groups.scatter(&out, &out_planes, i) };
+        }),
+        (Layout::ChannelsLast, None) => {
+            let x = groups::to_planes(batch, x, threads);
+            let mut out = memory::filled(batch.size(), T::ZERO);
+            each_channel(&x, &Planes::new(&mut out, batch));
+            groups::from_planes(&out, &out_planes, threads);
         }
     }
     let count = (batch.n * batch.plane()) as f64;
@@ -310,8 +319,10 @@ struct Forward<'a, T> {
 
 impl<T: Scalar> Forward<'_, T> {
     /// All planes of channel c, from x to out; leaves mean and variance of both norms in `stats`.
-    /// No other task may name the channel.
-    fn channel(&self, c: usize, x: Source<'_, T>, out: &Planes<'_, T>, stats: &mut [f64]) {
+    ///
+    /// # Safety
+    /// No other task may name the channel of d and out meanwhile.
+    unsafe fn channel(&self, c: usize, x: Source<'_, T>, out: &Planes<'_, T>, stats: &mut [f64]) {
         let Self { unit, geometry, p, d } = self;
         let (batch, k, taps) = (geometry.input, unit.kernel, unit.kernel * unit.kernel);
         let u = p.unwrap_or(x);
@@ -422,26 +433,33 @@ pub fn xunit_backward<T: Scalar>(
     let whole = |tensor| Source { tensor, batch, first: 0 };
     let gp = pointwise.as_mut().map(|pointwise| Planes::new(&mut *pointwise.p, batch));
     let task = Backward { unit, geometry, d: whole(d), p: p.map(whole), gp };
-    match layout {
-        Layout::Planes => parallel::for_each(threads, batch.c, |c| {
+    let each_channel = |grad: &[T], x: &[T], gx: &Planes<'_, T>| {
+        let whole = |tensor| Source { tensor, batch, first: 0 };
+        parallel::for_each(threads, batch.c, |c| {
             // SAFETY: this task alone names channel c.
-            task.channel(c, whole(grad), whole(x), &gx_planes, unsafe { sum_planes.plane(0, c) });
+            unsafe { task.channel(c, whole(grad), whole(x), gx, sum_planes.plane(0, c)) };
+        });
+    };
+    match (layout, Groups::new::<T>(batch, threads)) {
+        (Layout::Planes, _) => each_channel(grad, x, &gx_planes),
+        (Layout::ChannelsLast, Some(groups)) => parallel::for_each(threads, groups.len(), |i| {
+            let (first, group) = groups.group(i);
+            let (grad, x) = (groups.gather(grad, i), groups.gather(x, i));
+            let (grad, x) = (groups.source(&grad, i), groups.source(&x, i));
+            let mut gx = Scratch::new(group.size());
+            let planes = Planes::group(&mut gx, group, first);
+            for c in first..first + group.c {
+                // SAFETY: this task alone names channel c, and `planes` are its own.
+                unsafe { task.channel(c, grad, x, &planes, sum_planes.plane(0, c)) };
+            }
+            // SAFETY: this task alone names these channels.
+            unsafe { groups.scatter(&gx, &gx_planes, i) };
         }),
-        Layout::ChannelsLast => {
-            let groups = Groups::new::<T>(batch, threads);
-            parallel::for_each(threads, groups.len(), |i| {
-                let (first, group) = groups.group(i);
-                let (grad, x) = (groups.gather(grad, i), groups.gather(x, i));
-                let (grad, x) = (groups.source(&grad, i), groups.source(&x, i));
-                let mut gx = Scratch::new(group.size());
-                let planes = Planes::group(&mut gx, group, first);
-                for c in first..first + group.c {
-                    // SAFETY: this task alone names channel c.
-                    task.channel(c, grad, x, &planes, unsafe { sum_planes.plane(0, c) });
-                }
-                // SAFETY: this task alone names these channels.
-                unsafe { groups.scatter(&gx, &gx_planes, i) };
-            });
+        (Layout::ChannelsLast, None) => {
+            let [grad, x] = [grad, x].map(|tensor| groups::to_planes(batch, tensor, threads));
+            let mut gx = memory::filled(batch.size(), T::ZERO);
+            each_channel(&grad, &x, &Planes::new(&mut gx, batch));
+            groups::from_planes(&gx, &gx_planes, threads);
         }
     }
     let column = |i: usize, factor: f64, to: &mut [T]| {
@@ -484,9 +502,11 @@ struct Backward<'a, T> {
 
 impl<T: Scalar> Backward<'_, T> {
     /// All planes of channel c, from grad to gx (dense: what goes past the gate, and gp); leaves the
-    /// gradients of the taps, and those that [`xunit_backward`] lists, in `sums`. No other task may
-    /// name the channel.
-    fn channel(
+    /// gradients of the taps, and those that [`xunit_backward`] lists, in `sums`.
+    ///
+    /// # Safety
+    /// No other task may name the channel of gx and gp meanwhile.
+    unsafe fn channel(
         &self,
         c: usize,
         grad: Source<'_, T>,

@@ -212,7 +212,14 @@ impl<'py, T: Number> View<'py, T> {
         shape: &[usize],
     ) -> PyResult<Option<Self>> {
         let view = object.map(|object| Self::output(name, object)).transpose()?;
-        view.iter().try_for_each(|view| view.expect_shape(name, shape))?;
+        for view in &view {
+            view.expect_shape(name, shape)?;
+            let bytes = view.len() * size_of::<T>();
+            if bytes >= ADVISED {
+                // Fresh, as a rule; where it is not, the advice changes nothing.
+                memory::huge_pages(view.data.cast(), bytes);
+            }
+        }
         Ok(view)
     }
 
@@ -316,10 +323,6 @@ impl<'py, T: Number> View<'py, T> {
     pub(super) unsafe fn slice_mut(&self) -> &'py mut [T] {
         if self.len() == 0 {
             return &mut [];
-        }
-        let bytes = self.len() * size_of::<T>();
-        if bytes >= ADVISED {
-            memory::huge_pages(self.data.cast(), bytes);
         }
         // SAFETY: as in `slice`; whoever calls vouches that no other slice overlaps. Memory that
         // nobody has written holds some number or other: torch and numpy hand it out as such.

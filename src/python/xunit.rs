@@ -329,8 +329,7 @@ pub fn xunit_evaluate_channels_last<'py>(
         (View::read("pw_weight", pw_weight)?, View::read("pw_bias", pw_bias)?);
     let (weight, bias) = (View::read("weight", Some(weight))?, View::read("bias", bias)?);
     let norms = [NormInput::<f32>::forward(bn1, c)?, NormInput::forward(bn2, c)?];
-    let out = View::output("out", out)?;
-    out.expect_shape("out", x.shape())?;
+    let out = View::written("out", Some(out), x.shape())?;
     let norms_of = || norms.iter().flatten();
     disjoint(
         [Some(&x), pw_weight.as_ref(), pw_bias.as_ref(), weight.as_ref(), bias.as_ref()]
@@ -338,11 +337,11 @@ pub fn xunit_evaluate_channels_last<'py>(
             .flatten()
             .map(View::range)
             .chain(norms_of().flat_map(NormInput::inputs)),
-        [out.range()].into_iter().chain(norms_of().flat_map(NormInput::outputs)),
+        out.iter().map(View::range).chain(norms_of().flat_map(NormInput::outputs)),
     )?;
     let unit = unit(kind, batch, [&pw_weight, &pw_bias, &weight, &bias], &norms)?;
     // SAFETY: checked to be disjoint, and taken once.
-    let (x, out) = (x.slice(), unsafe { out.slice_mut() });
+    let (x, out) = (x.slice(), out.map(|out| unsafe { out.slice_mut() }).unwrap_or_default());
     let threads = Threads::Host(threads);
     detached(py, || ops::xunit_evaluate_channels_last(&unit, batch, x, out, threads))??;
     Ok(())
