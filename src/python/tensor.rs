@@ -212,7 +212,7 @@ impl<'py, T: Number> View<'py, T> {
         shape: &[usize],
     ) -> PyResult<Option<Self>> {
         let view = object.map(|object| Self::output(name, object)).transpose()?;
-        for view in &view {
+        if let Some(view) = &view {
             view.expect_shape(name, shape)?;
             let bytes = view.len() * size_of::<T>();
             if bytes >= ADVISED {
