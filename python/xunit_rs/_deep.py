@@ -190,7 +190,7 @@ def read_tiff(file: IO[bytes]) -> tuple[DeepImage, int, int]:
         unit = {2: 1.0, 3: 2.54}.get(exif.get(296, 2))
         if unit and exif.get(282) and exif.get(283):
             info["dpi"] = tuple(unit * float(exif[tag]) for tag in (282, 283))
-        for tag in (_EXIF_IFD, _GPS_IFD):
+        for tag in {_EXIF_IFD, _GPS_IFD} & set(exif):
             exif.get_ifd(tag)  # before the file is closed
         pixels = oriented(pixels, exif.get(274, 1))
         info["exif"] = exif.tobytes()
