@@ -40,6 +40,12 @@ def scene(*shape: int) -> Any:
 
 
 def save(path: Path, kind: str, **options: Any) -> Path:
+    bits = kind.split(";")[-1]
+    if kind in ("RGB;16", "RGBA;16", "RGB;F32"):
+        pixels = scene(24, 20, 4 if kind.startswith("RGBA") else 3)
+        pixels = pixels.astype(np.float32) if bits == "F32" else (pixels * 65535).astype(np.uint16)
+        images.write(images.DeepImage(pixels), path)
+        return path
     if kind == "I;16":
         image = Image.fromarray((scene(24, 20) * 65535).astype(np.uint16))
     elif kind == "F":
@@ -59,6 +65,9 @@ def save(path: Path, kind: str, **options: Any) -> Path:
         ("a.b.PNG", "I;16", "auto", "a.b-denoised.PNG", "PNG, 16 bits"),
         ("a.tif", "I;16", "gray-blind", "a-denoised.tif", "TIFF, 16 bits"),
         ("a.tiff", "F", "auto", "a-denoised.tiff", "TIFF, floats"),
+        ("a.png", "RGBA;16", "auto", "a-denoised.png", "PNG, 16 bits"),
+        ("a.tif", "RGB;16", "color-blind", "a-denoised.tif", "TIFF, 16 bits"),
+        ("a.tif", "RGB;F32", "auto", "a-denoised.tif", "TIFF, floats"),
         ("a.jpg", "RGB", "color-blind", "a-denoised.jpg", "JPEG, 8 bits"),
         ("a.webp", "RGBA", "auto", "a-denoised.webp", "WEBP, 8 bits"),
         ("a.png", "LA", "auto", "a-denoised.png", "PNG, 8 bits"),
@@ -72,13 +81,13 @@ def test_the_file_is_that_of_the_denoiser(
     done = page.denoise(source, model, 0.7)
     assert (done.file.name, done.kind) == (result, described)
     if model == "auto":
-        channels = 3 if kind in ("RGB", "RGBA", "P") else 1
+        channels = 3 if kind[:3] == "RGB" or kind == "P" else 1
         model, _ = noise.nearest_model(noise.estimate_sigma(source), channels)
     assert done.model == model
-    image = images.read(source)
+    image = images.read(source, deep=True)
     clean = Denoiser.from_pretrained(model, strength=0.7)(image)
     assert done.file.read_bytes() == images.encode(clean, image.format)
-    assert images.read(done.file).mode == image.mode
+    assert images.read(done.file, deep=True).mode == image.mode
 
 
 def test_metadata_and_orientation(page: _demo.Page, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from xunit_rs import denoise
+from xunit_rs import denoise, images
 from xunit_rs.denoise import DEFAULT_MODEL, Denoiser, find_weights, pretrained_names
 
 RNG = np.random.default_rng(0)
@@ -520,6 +520,37 @@ def test_compare_shows_before_after_and_difference(tmp_path: Path) -> None:
     wide = noisy.astype(np.uint16) * 257
     for image in (tmp_path / "a.png", Image.fromarray(noisy), wide, noisy / 255):
         assert np.abs(np.asarray(denoiser.compare(image)).astype(int) - np.asarray(shown)).max() < 2
+
+
+def test_compare_turns_photos_upright() -> None:
+    denoiser = Denoiser(FakeNetwork(shift=0.1))
+    photo = Image.fromarray(random_image((260, 300, 3), "uint8"))
+    upright = np.asarray(denoiser.compare(photo.transpose(Image.Transpose.ROTATE_270)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.info["exif"] = exif.tobytes()
+    np.testing.assert_array_equal(np.asarray(denoiser.compare(photo)), upright)
+    deep = images.DeepImage(np.asarray(photo).astype(np.uint16) * 257, dict(photo.info))
+    difference = np.asarray(denoiser.compare(deep)).astype(int) - upright
+    assert np.abs(difference[48:]).max() < 2
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32", "float64"])
+def test_an_image_beyond_the_modes_of_pil_keeps_its_kind(tmp_path: Path, dtype: str) -> None:
+    values = random_image((6, 5, 4), dtype)
+    image = images.DeepImage(values, {"dpi": (300, 300)}, "TIFF")
+    image.save(tmp_path / "a.tif")
+    for source in (image, tmp_path / "a.tif", str(tmp_path / "a.tif")):
+        result = Denoiser(FakeNetwork(shift=0.25))(source)
+        assert isinstance(result, images.DeepImage)
+        assert (result.mode, result.size) == (image.mode, (5, 6))
+        assert result.info["dpi"] == (300, 300)
+        expected = Denoiser(FakeNetwork(shift=0.25))(values)
+        assert result.pixels.dtype == np.dtype(dtype)
+        np.testing.assert_array_equal(result, expected)
+        np.testing.assert_array_equal(result.pixels[..., 3], values[..., 3])
+        assert (result.pixels[..., :3] != values[..., :3]).any()
+    assert repr(image) == f"<DeepImage {image.mode} 5x6>"
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 900), (5, 7, 4), (900, 850, 3), (6, 5, 2)])

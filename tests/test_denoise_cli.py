@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xunit_rs import _terminal, cli
+from xunit_rs import _terminal, cli, images
 from xunit_rs.denoise import Denoiser
 
 
@@ -132,6 +132,58 @@ def test_what_a_photo_carries_is_kept() -> None:
         assert image.getchannel("A").getextrema() == (77, 77)
     with Image.open("new-d.png") as image:
         assert image.mode == "RGBA"
+
+
+def save_deep(name: str, dtype: str = "uint16", bands: int = 4) -> Any:
+    values = np.full((6, 8, bands), 0.5 if dtype == "float32" else 40001, dtype)
+    values[0, 0] = 0.25 if dtype == "float32" else 12345
+    exif = Image.Exif()
+    exif[0x010F] = "Maker"
+    info = {"exif": exif.tobytes(), "icc_profile": b"profile" * 9, "dpi": (300, 300)}
+    images.write(images.DeepImage(values, info), name)
+    return values
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("a.png", "uint16"), ("a.tif", "uint16"), ("a.tif", "float32")]
+)
+@pytest.mark.parametrize("bands", [3, 4])
+def test_colour_of_16_bits_and_floats_keeps_its_depth(
+    capsys: pytest.CaptureFixture[str], name: str, dtype: str, bands: int
+) -> None:
+    values = save_deep(name, dtype, bands)
+    assert denoise(name, "-o", f"new-{name}", "--compare", "look.png", "--sigma", "auto") == 0
+    assert "Warning" not in capsys.readouterr().err
+    image = images.read(f"new-{name}", deep=True)
+    assert isinstance(image, images.DeepImage)
+    assert image.pixels.dtype == np.dtype(dtype)
+    halves = np.rint(values / 2) if dtype == "uint16" else values / 2
+    np.testing.assert_allclose(image.pixels[..., :3], halves[..., :3], atol=1e-6, rtol=0)
+    np.testing.assert_array_equal(image.pixels[..., 3:], values[..., 3:])
+    assert image.getexif()[0x010F] == "Maker"
+    assert image.info["icc_profile"] == b"profile" * 9
+    assert round(image.info["dpi"][0]) == 300
+    # As bytes in a pipe, and without metadata.
+    piped = command("-", "--strip", input=Path(name).read_bytes())
+    assert (piped.returncode, piped.stderr) == (0, b"")
+    stripped = images.read(io.BytesIO(piped.stdout), deep=True)
+    assert isinstance(stripped, images.DeepImage)
+    assert (stripped.mode, stripped.format) == (image.mode, image.format)
+    assert not {"exif", "icc_profile"} & set(stripped.info)
+    assert stripped.info.get("dpi", (1, 1)) == (1, 1)  # which Pillow writes for none
+    np.testing.assert_array_equal(stripped.pixels[..., 3:], values[..., 3:])
+
+
+def test_what_a_format_cannot_keep_of_16_bits_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    save_deep("a.png", bands=3)
+    save_deep("b.tif", "float32", bands=3)
+    assert denoise("a.png", "-o", "a.jpg") == 0
+    assert "a.jpg: JPEG holds 8 of the image's 16 bits" in capsys.readouterr().err
+    with Image.open("a.jpg") as image:
+        assert image.getexif()[0x010F] == "Maker"
+    assert denoise("b.tif", "-o", "b.png") == 1
+    assert "b.tif: b.png: PNG cannot store mode RGB;F32; try .tif" in capsys.readouterr().err
+    assert not Path("b.png").exists()
 
 
 def test_strip() -> None:

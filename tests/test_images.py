@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -189,13 +190,12 @@ def test_a_compression_that_would_lose_is_not_taken_over(tmp_path: Path) -> None
         np.testing.assert_array_equal(images.read(tmp_path / "out.tif"), read)
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def deep_png(colour_type: int, values: Any) -> bytes:
     """A PNG of 16 bits a channel, which Pillow does not write."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
 
     header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, colour_type, 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
@@ -349,3 +349,307 @@ def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
             content = images.encode(Image.new("L", (width, 1)), name)
             assert Image.open(io.BytesIO(content)).format == kept
     assert not list(tmp_path.glob("b*"))
+
+
+def deep_tiff(path: Path, values: Any, **options: Any) -> None:
+    count = 1 if values.ndim == 2 else values.shape[2]
+    if options.get("planarconfig") == "separate":
+        values = np.moveaxis(values, 2, 0)
+    options.setdefault("photometric", "rgb" if count > 2 else "minisblack")
+    if count in (2, 4):
+        options.setdefault("extrasamples", ["unassalpha"])
+    tifffile.imwrite(path, values, **options)
+
+
+def deep(count: int, dtype: str, height: int = 37, width: int = 29) -> Any:
+    shape = (height, width) if count == 1 else (height, width, count)
+    if dtype == "uint16":
+        return RNG.integers(0, 65536, shape).astype(np.uint16)
+    return RNG.random(shape).astype(dtype)
+
+
+def read_deep(path: Path) -> images.DeepImage:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = images.read(path, deep=True)
+    assert isinstance(image, images.DeepImage)
+    return image
+
+
+@pytest.mark.parametrize("colour_type", [2, 4, 6])
+def test_png_of_16_bits_is_read_and_written_whole(tmp_path: Path, colour_type: int) -> None:
+    values = deep({2: 3, 4: 2, 6: 4}[colour_type], "uint16")
+    (tmp_path / "a.png").write_bytes(deep_png(colour_type, values))
+    image = read_deep(tmp_path / "a.png")
+    assert (image.size, image.format) == ((29, 37), "PNG")
+    assert image.mode == {2: "RGB;16", 4: "LA;16", 6: "RGBA;16"}[colour_type]
+    np.testing.assert_array_equal(image, values)
+    images.write(image, tmp_path / "b.png")
+    np.testing.assert_array_equal(read_deep(tmp_path / "b.png"), values)
+    # Pillow's own reader, of the high bytes, and checksums agree.
+    with Image.open(tmp_path / "b.png") as back:
+        back.verify()
+    with pytest.warns(UserWarning, match="read as 8-bit"):
+        np.testing.assert_array_equal(images.read(tmp_path / "b.png"), values >> 8)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (1, 3000, 4), (700, 1, 2), (300, 200, 3)])
+def test_filters_of_png_are_undone(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    ramps = sum(np.indices(shape)) * 97 % 65536  # rows for which each filter is the best
+    ramps[::3] = RNG.integers(0, 65536, shape)[::3]
+    values = ramps.astype(np.uint16)
+    images.write(images.DeepImage(values), tmp_path / "a.png")
+    np.testing.assert_array_equal(read_deep(tmp_path / "a.png"), values)
+
+
+def test_interlaced_png_of_16_bits(tmp_path: Path) -> None:
+    values = deep(3, "uint16", 9, 11)
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2)]
+    passes.append((1, 0, 2, 1))
+    rows = b"".join(
+        b"\0" + row.astype(">u2").tobytes()
+        for top, left, down, right in passes
+        for row in values[top::down, left::right]
+    )
+    data = deep_png(2, values)
+    plain = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    old, new = (chunk(b"IDAT", zlib.compress(part)) for part in (plain, rows))
+    head = data[16:28]
+    data = data.replace(chunk(b"IHDR", head + b"\0"), chunk(b"IHDR", head + b"\1"))
+    (tmp_path / "a.png").write_bytes(data.replace(old, new))
+    np.testing.assert_array_equal(read_deep(tmp_path / "a.png"), values)
+
+
+def test_a_transparent_colour_of_16_bits(tmp_path: Path) -> None:
+    values = deep(3, "uint16", 2, 3)
+    key = chunk(b"tRNS", values[1, 2].astype(">u2").tobytes())
+    data = deep_png(2, values).replace(chunk(b"IEND", b""), key + chunk(b"IEND", b""))
+    place = data.index(b"IDAT") - 4
+    data = data[:place] + key + data[place:].replace(key, b"")
+    (tmp_path / "a.png").write_bytes(data)
+    image = read_deep(tmp_path / "a.png")
+    np.testing.assert_array_equal(image.pixels[..., :3], values)
+    np.testing.assert_array_equal(image.pixels[..., 3], [[65535] * 3, [65535, 65535, 0]])
+
+
+TIFF_KINDS: list[dict[str, Any]] = [
+    {},
+    {"compression": "zlib"},
+    {"compression": "zlib", "predictor": True},
+    {"tile": (16, 16)},
+    {"planarconfig": "separate", "compression": "zlib"},
+    {"planarconfig": "separate"},
+]
+
+
+@pytest.mark.parametrize("options", TIFF_KINDS, ids=str)
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(
+    ("count", "dtype"),
+    [
+        *((count, "uint16") for count in (2, 3, 4)),
+        *((count, "float32") for count in (2, 3, 4)),
+        *((count, dtype) for count in (1, 3) for dtype in ("float16", "float64")),
+    ],
+)
+def test_tiff_keeps_its_depth(
+    tmp_path: Path, count: int, dtype: str, order: str, options: dict[str, Any]
+) -> None:
+    values = deep(count, dtype)
+    if dtype != "uint16":
+        options = {key: value for key, value in options.items() if key != "predictor"}
+    if count == 1:
+        options = {key: value for key, value in options.items() if key != "planarconfig"}
+    deep_tiff(tmp_path / "a.tif", values, byteorder=order, **options)
+    image = read_deep(tmp_path / "a.tif")
+    assert image.pixels.dtype == np.dtype(dtype)
+    np.testing.assert_array_equal(image, values)
+    images.write(image, tmp_path / "b.tif")
+    np.testing.assert_array_equal(read_deep(tmp_path / "b.tif"), values)
+    other = tifffile.imread(tmp_path / "b.tif")
+    assert other.dtype == np.dtype(dtype)
+    np.testing.assert_array_equal(other, values)
+    with tifffile.TiffFile(tmp_path / "b.tif") as file:
+        assert file.pages[0].compression == (8 if "compression" in options else 1)
+
+
+def test_tiff_of_16_bits_by_lzw_needs_no_codec_of_others(tmp_path: Path) -> None:
+    # Pillow writes no 16-bit colour: the bytes of such a file, by libtiff, are those of grey of
+    # three times the width, whose tags are then changed.
+    values = deep(3, "uint16", 8, 10)
+    Image.fromarray(values.reshape(8, 30)).save(tmp_path / "a.tif", compression="tiff_lzw")
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    (place,) = struct.unpack_from("<I", data, 4)
+    (number,) = struct.unpack_from("<H", data, place)
+    entries = {}
+    for i in range(number):
+        tag, kind, _, value = struct.unpack_from("<HHII", data, place + 2 + 12 * i)
+        entries[tag] = (kind, 1, value)
+    bits = len(data)
+    data += struct.pack("<HHH", 16, 16, 16)
+    entries |= {256: (4, 1, 10), 258: (3, 3, bits), 262: (3, 1, 2), 277: (3, 1, 3)}
+    struct.pack_into("<I", data, 4, len(data))
+    data += struct.pack("<H", len(entries))
+    data += b"".join(struct.pack("<HHII", tag, *entries[tag]) for tag in sorted(entries))
+    (tmp_path / "a.tif").write_bytes(data + bytes(4))
+    image = read_deep(tmp_path / "a.tif")
+    assert image.info["compression"] == "tiff_lzw"
+    np.testing.assert_array_equal(image, values)
+
+
+def test_what_tifffile_cannot_unpack_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep_tiff(tmp_path / "a.tif", deep(3, "float32"), compression="zlib")
+    data = (tmp_path / "a.tif").read_bytes()
+    old, new = (struct.pack("<HHII", 259, 3, 1, value) for value in (8, 50000))
+    assert old in data
+    (tmp_path / "a.tif").write_bytes(data.replace(old, new))
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    with pytest.raises(ImageError, match=r"a\.tif: cannot be read \(.*"):
+        images.read(tmp_path / "a.tif", deep=True)
+
+
+def test_alpha_that_colours_were_multiplied_by(tmp_path: Path) -> None:
+    for dtype, white in (("uint16", 65535), ("float32", 1)):
+        alpha = np.array([[white, white // 5 if white > 1 else 0.2, 0]], dtype)
+        colours = np.full((1, 3, 3), white, dtype)
+        stored = colours * (alpha[..., None] / white)
+        values = np.concatenate([stored, alpha[..., None]], axis=2).astype(dtype)
+        deep_tiff(tmp_path / "a.tif", values, extrasamples=["assocalpha"])
+        image = read_deep(tmp_path / "a.tif").pixels
+        np.testing.assert_allclose(image[0, :2, :3], white, rtol=1e-6)
+        np.testing.assert_array_equal(image[..., 3], alpha)
+
+
+def test_tiff_whose_white_is_zero_and_that_lies_on_its_side(tmp_path: Path) -> None:
+    values = deep(1, "float64")
+    side = [(274, 3, 1, 6, True)]
+    deep_tiff(tmp_path / "a.tif", values, photometric="miniswhite", extratags=side)
+    np.testing.assert_array_equal(read_deep(tmp_path / "a.tif"), 1 - np.rot90(values, -1))
+    for dtype in ("uint16", "float32"):  # read by Pillow, and by tifffile
+        values = deep(3, dtype)
+        deep_tiff(tmp_path / "a.tif", values, extratags=side)
+        image = read_deep(tmp_path / "a.tif")
+        np.testing.assert_array_equal(image, np.rot90(values, -1))
+        assert 274 not in image.getexif()
+
+
+def test_channels_and_pages_left_out_are_announced(tmp_path: Path) -> None:
+    for dtype in ("uint8", "uint16", "float32"):
+        values = (deep(5, "float64") * 200).astype(dtype)
+        deep_tiff(tmp_path / "a.tif", values, extrasamples=["unspecified"] * 2)
+        with pytest.warns(UserWarning, match=r"a\.tif: 2 channels beyond colour"):
+            image = images.read(tmp_path / "a.tif", deep=True)
+        np.testing.assert_array_equal(image, values[..., :3])
+    tifffile.imwrite(tmp_path / "b.tif", deep(3, "float32")[None].repeat(2, 0), photometric="rgb")
+    with pytest.warns(UserWarning, match=r"b\.tif: only the first of its 2 frames"):
+        images.read(tmp_path / "b.tif", deep=True)
+
+
+def test_depths_that_are_no_image_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grey = np.array([[1, -1]])
+    high = np.array([[7, 2**32 - 1]], np.uint32)
+    for values, reason in (
+        (grey.astype(np.int8), "signed values of 8 bits"),
+        (grey.astype(np.float32)[..., None].repeat(3, 2).astype(np.int32), "type int32"),
+        (high, r"7\.\.4294967295"),
+    ):
+        deep_tiff(tmp_path / "a.tif", values)
+        with pytest.raises(ImageError, match=rf"a\.tif: .*{reason}"):
+            images.read(tmp_path / "a.tif", deep=True)
+    deep_tiff(tmp_path / "a.tif", np.array([[7, 70000]], np.uint32))
+    with pytest.raises(ValueError, match=r"0\.\.65535, got 7\.\.70000"):
+        images.pixels(images.read(tmp_path / "a.tif"))
+    deep_tiff(tmp_path / "a.tif", deep(3, "float32"))
+    with pytest.raises(ImageError, match=r"a\.tif: mode RGB;F32 is not supported"):
+        images.read(tmp_path / "a.tif")
+    deep_tiff(tmp_path / "b.tif", deep(3, "uint16"), planarconfig="separate")
+    with pytest.raises(ImageError, match=r"b\.tif: planes of 16 bits"):
+        images.read(tmp_path / "b.tif")
+    data = (tmp_path / "a.tif").read_bytes()
+    for size in range(4, len(data), 97):
+        (tmp_path / "cut.tif").write_bytes(data[:size])
+        with warnings.catch_warnings(), pytest.raises(ImageError, match=r"cut\.tif: "):
+            warnings.simplefilter("ignore")  # Pillow warns of broken tags
+            images.read(tmp_path / "cut.tif", deep=True)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ImageError, match=r"a\.tif: too large"):
+        images.read(tmp_path / "a.tif", deep=True)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_metadata_of_deep_images_survives(tmp_path: Path, suffix: str, dtype: str) -> None:
+    exif = Image.Exif()
+    exif[0x010F], exif[0x8298] = "Maker", "me"
+    exif.get_ifd(0x8769)[0x829A] = 0.5  # exposure time
+    exif.get_ifd(0x8825)[1] = "N"  # hemisphere
+    info = {
+        "exif": exif.tobytes(),
+        "icc_profile": b"profile" * 9,
+        "dpi": (300, 300),
+        "xmp": XMP,
+    }
+    image = images.DeepImage(deep(4, dtype), info)
+    if suffix == ".png" and dtype == "float32":
+        with pytest.raises(ImageError, match=r"PNG cannot store mode RGBA;F32; try \.tif"):
+            images.write(image, tmp_path / "a.png")
+        return
+    image.save(tmp_path / f"a{suffix}")
+    # And once more, of what was read.
+    read_deep(tmp_path / f"a{suffix}").save(tmp_path / f"b{suffix}")
+    back = read_deep(tmp_path / f"b{suffix}")
+    np.testing.assert_array_equal(back, image)
+    found = back.getexif()
+    assert (found[0x010F], found[0x8298]) == ("Maker", "me")
+    assert found.get_ifd(0x8769)[0x829A] == 0.5 and found.get_ifd(0x8825)[1] == "N"
+    assert not {256, 257, 258, 259, 273, 279} & set(found)
+    assert back.info["icc_profile"] == b"profile" * 9
+    assert tuple(round(value) for value in back.info["dpi"]) == (300, 300)
+    assert (back.info.get("xmp") or back.info["XML:com.adobe.xmp"].encode()) == XMP
+
+
+def test_formats_of_8_bits_get_8_of_16(tmp_path: Path) -> None:
+    values = deep(3, "uint16")
+    for suffix in (".webp", ".bmp", ".jpg"):
+        image = images.DeepImage(values, {"lossless": True})
+        with pytest.warns(UserWarning, match=rf"a\{suffix}: \w+ holds 8 of"):
+            images.write(image, tmp_path / f"a{suffix}")
+        back = np.asarray(images.read(tmp_path / f"a{suffix}"))
+        error = np.abs(back.astype(float) - values / 257)
+        assert error.mean() < 40 if suffix == ".jpg" else error.max() <= 0.5
+    with pytest.raises(ImageError, match=r"JPEG cannot store mode RGBA;16; try \.png or \.tif"):
+        images.write(images.DeepImage(deep(4, "uint16")), tmp_path / "b.jpg")
+
+
+def test_what_formats_deep_images_are_encoded_in() -> None:
+    for count, dtype, asked, given in [
+        (3, "uint16", "PNG", "PNG"),
+        (3, "uint16", "TIFF", "TIFF"),
+        (4, "uint16", None, "PNG"),
+        (3, "float32", "PNG", "TIFF"),
+        (1, "float16", None, "TIFF"),
+    ]:
+        image = images.DeepImage(deep(count, dtype))
+        assert images.encoding(image, asked) == given
+        assert images.encode(image, asked)[:4] in ((b"\x89PNG", b"II*\0"))
+
+
+def test_a_deep_image_is_stripped_and_turned() -> None:
+    values = deep(3, "uint16")
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        info = {"exif": exif.tobytes(), "compression": "raw"}
+        turned = images.stripped(images.DeepImage(values, info))
+        expected = Image.fromarray((values >> 8).astype(np.uint8))
+        expected.info["exif"] = exif.tobytes()
+        np.testing.assert_array_equal(np.asarray(turned) >> 8, images.stripped(expected))
+        assert turned.info == {"compression": "raw"}
+
+
+def test_16_bit_colour_of_ppm_is_announced(tmp_path: Path) -> None:
+    (tmp_path / "a.ppm").write_bytes(b"P6 1 1 65535\n\1\2\3\4\5\6")
+    with pytest.warns(UserWarning, match=r"a\.ppm: 16-bit colour is read as 8-bit"):
+        images.read(tmp_path / "a.ppm", deep=True)

@@ -51,6 +51,10 @@ def test_images_whose_noise_is_unknown() -> None:
     for image in (np.zeros((2, 9)), np.zeros((9, 2, 3)), np.full((5, 5), np.nan)):
         with pytest.raises(ValueError, match=r"3×3|finite"):
             estimate_sigma(image)
+    with pytest.raises(ValueError, match=r"scale \[0, 1\], got values 0\.\.200"):
+        estimate_sigma(np.diag(np.full(5, 200.0)))
+    with pytest.raises(ValueError, match=r"0\.\.65535, got -1\.\.0"):
+        estimate_sigma(Image.fromarray(np.diag(np.full(5, -1, np.int32))))
     with pytest.raises(ValueError, match=r"\(5, 5, 5\)"):
         estimate_sigma(np.zeros((5, 5, 5)))
     for wrong in (np.zeros((5, 5), np.int32), [[0.0]]):

@@ -54,7 +54,7 @@ def needs(*extras):
 
 
 def test_requirements():
-    core = {"numpy", "pillow"}
+    core = {"numpy", "pillow", "tifffile"}
     assert needs() == core
     for extra in ("torch", "train", "test", "notebooks", "dev"):
         assert needs(extra) >= core | {"torch", "safetensors"}, extra

@@ -6,7 +6,6 @@ import argparse
 import errno
 import hashlib
 import html
-import io
 import os
 import shutil
 import signal
@@ -39,9 +38,9 @@ _REMEMBERED = 400e6  # bytes of results kept: three planes of 33 megapixels
 
 _SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "TIFF": ".tif", "WEBP": ".webp", "BMP": ".bmp"}
 _KINDS = {"L": "grey", "LA": "grey, alpha", "RGB": "colour", "RGBA": "colour, alpha"}
-_DEPTHS = {"I": "16 bits", "F": "floats"}
 
 
+_Picture = Image.Image | images.DeepImage
 Figure = tuple[str, str, str]  # caption, value, remark
 
 
@@ -95,7 +94,7 @@ class Page:
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            image = images.read(path, name)
+            image = images.read(path, name, deep=True)
             sigma = _sigma(image)
             remark = "as you chose"
             if model == AUTO:
@@ -108,10 +107,9 @@ class Page:
             clean = Denoiser(network, strength=strength)(image, progress=tell)
             seconds = time.perf_counter() - start
             content = images.encode(clean, image.format)
+            file_format = images.encoding(clean, image.format)
         notes = [str(w.message) for w in caught if w.category is UserWarning]
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        with Image.open(io.BytesIO(content)) as written:
-            file_format = written.format or ""
         file = folder / _result_name(name, file_format)
         file.write_bytes(content)
         previews = folder / "before.jpg", folder / "after.jpg"
@@ -159,7 +157,7 @@ class _Remembering:
         return result
 
 
-def _sigma(image: Image.Image) -> float | None:
+def _sigma(image: _Picture) -> float | None:
     return noise.estimate_sigma(image) if min(image.size) >= 3 else None
 
 
@@ -176,8 +174,8 @@ def _noise_figure(before: float | None, after: float | None) -> Figure:
     return "Noise, estimated", f"σ {before:.1f}", f"of 255; afterwards {after:.1f}"
 
 
-def _size_figure(image: Image.Image) -> Figure:
-    kind = _KINDS.get(image.mode, "grey")
+def _size_figure(image: _Picture) -> Figure:
+    kind = _KINDS.get(image.mode.split(";")[0], "grey")
     return (
         "Size",
         f"{_megapixels(image):.2g} MP",
@@ -185,23 +183,24 @@ def _size_figure(image: Image.Image) -> Figure:
     )
 
 
-def _time_figure(image: Image.Image, seconds: float, worked: bool) -> Figure:
+def _time_figure(image: _Picture, seconds: float, worked: bool) -> Figure:
     rate = f"{_megapixels(image) / max(seconds, 1e-9):.2g} MP/s"
     return "Time", f"{seconds:.2g} s", rate if worked else "another strength only"
 
 
-def _megapixels(image: Image.Image) -> float:
+def _megapixels(image: _Picture) -> float:
     return image.width * image.height / 1e6
 
 
-def _depth(image: Image.Image) -> str:
-    return _DEPTHS.get(image.mode.split(";")[0], "8 bits")
+def _depth(image: _Picture) -> str:
+    if "F" in image.mode:
+        return "floats"
+    return "16 bits" if image.mode == "I" or ";16" in image.mode else "8 bits"
 
 
-def _preview(image: Image.Image) -> bytes:
+def _preview(image: _Picture) -> bytes:
     """A JPEG file to show in a browser, turned and in the colours that the metadata ask for."""
-    pixels = np.asarray(image)
-    pixels = pixels.astype(np.uint16) if pixels.dtype == np.int32 else pixels
+    pixels = images.pixels(image)
     height, width = pixels.shape[:2]
     step = max(1, round((height * width / _SHOWN) ** 0.5), -(-max(height, width) // _LONGEST))
     pixels = pixels[::step, ::step]  # means would hide the noise, which is what is looked at
@@ -426,7 +425,7 @@ def _theme(gr: Any) -> Any:
 _DOWNLOAD = "Download"
 _WELCOME = (
     '<div class="xu-hint">Drop a photo on the left: PNG, JPEG, TIFF or WebP, grey or colour. What '
-    "you get back has the same format, depth and metadata; only colour of 16 bits comes in 8.</div>"
+    "you get back has the same format, depth and metadata.</div>"
 )
 _TITLE = (
     '<div class="xu-title"><h1>xunit-rs</h1>'

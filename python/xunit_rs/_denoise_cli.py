@@ -19,7 +19,7 @@ from PIL import Image
 from . import images
 from ._plan import PIPE, Job, plan, remaining
 from ._terminal import Bar, Refused, fail, note, reason
-from .denoise import Denoiser, _sheet_of_pil, pretrained_names
+from .denoise import Denoiser, _sheet_of_images, pretrained_names
 from .noise import estimate_sigma, is_grey, nearest_model
 
 __all__ = ["add_arguments", "run"]
@@ -258,7 +258,7 @@ class _Batch:
         job, args, record, name = self.job, self.args, self.record, _name(self.job.source)
         piped = job.source == PIPE
         source: Any = io.BytesIO(sys.stdin.buffer.read()) if piped else job.source
-        image = images.read(source, name, animations=False)
+        image = images.read(source, name, animations=False, deep=True)
         file_format = image.format
         record["megapixels"] = image.width * image.height / 1e6
         if args.strip:
@@ -277,7 +277,7 @@ class _Batch:
         clean = self.load(record["model"])(image, progress=tell)
         # The sheet first: once the result exists, all of the job is done.
         if sheet is not None:
-            images.write(_sheet_of_pil(image, clean), sheet, overwrite=args.overwrite)
+            images.write(_sheet_of_images(image, clean), sheet, overwrite=args.overwrite)
         if job.target != PIPE:
             images.write(clean, job.target, overwrite=args.overwrite)
             return
@@ -288,7 +288,9 @@ class _Batch:
             file.write(content)
 
 
-def _choose(image: Image.Image, args: argparse.Namespace, name: str) -> tuple[str, float | None]:
+def _choose(
+    image: Image.Image | images.DeepImage, args: argparse.Namespace, name: str
+) -> tuple[str, float | None]:
     """The network for an image and the noise it was chosen by."""
     if args.model is not None:
         return args.model, None

@@ -14,7 +14,14 @@ from PIL import Image
 
 from . import images
 
-__all__ = ["DEFAULT_MODEL", "Denoiser", "find_weights", "integer_scale", "pretrained_names"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "Denoiser",
+    "check_values",
+    "find_weights",
+    "integer_scale",
+    "pretrained_names",
+]
 
 DEFAULT_MODEL = "gray-sigma25"
 
@@ -74,7 +81,9 @@ class Denoiser:
     - a numpy array HxW or HxWxC, C = 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha), of
       dtype uint8, uint16 or float16/32/64 in [0, 1], in any memory layout: same shape and dtype;
     - a PIL image: same size and mode (palette and bilevel images come back as RGB, RGBA, LA or L);
-    - a path: a PIL image.
+    - a path: a PIL image, or an `images.DeepImage` where Pillow has no mode for the file's depth:
+      PNG and TIFF of 16-bit colour, TIFF of float colour. Both have `info` and `save`, and become
+      arrays by `numpy.asarray`.
 
     The network computes in float32. Integer results are clipped and rounded; float ones are not
     clipped, and neither are their inputs: noise may exceed [0, 1]. Alpha is passed on untouched.
@@ -150,10 +159,13 @@ class Denoiser:
         threads = self.threads if threads is None else _count("threads", threads)
         if isinstance(image, np.ndarray):
             return self._denoise_array(image, tile, threads, progress)
+        if isinstance(image, (str, os.PathLike)):
+            image = images.read(image, deep=True)
         if isinstance(image, Image.Image):
             return self._denoise_pil(image, tile, threads, progress)
-        if isinstance(image, (str, os.PathLike)):
-            return self._denoise_pil(images.read(image), tile, threads, progress)
+        if isinstance(image, images.DeepImage):
+            clean = self._denoise_array(image.pixels, tile, threads, progress)
+            return images.DeepImage(clean, dict(image.info))
         raise TypeError(
             "image must be a numpy array, a PIL image or a path, not "
             f"{type(image).__module__}.{type(image).__qualname__}"
@@ -164,7 +176,7 @@ class Denoiser:
 
         Above them stand the size, the noise before and after by `noise.estimate_sigma` and the
         root mean square of the difference, on the scale 0-255; they are in `info`, too. Panels
-        are at full size, of the middle 800×800 pixels at most.
+        are at full size, of the middle 800×800 pixels at most, turned as the EXIF orientation says.
 
         image, progress: as for calling the denoiser, which see for what it raises, too.
 
@@ -173,10 +185,10 @@ class Denoiser:
         from ._compare import sheet
 
         if isinstance(image, (str, os.PathLike)):
-            image = images.read(image)
+            image = images.read(image, deep=True)
         clean = self(image, progress=progress)
-        if isinstance(image, Image.Image):
-            return _sheet_of_pil(image, clean)
+        if isinstance(image, (Image.Image, images.DeepImage)):
+            return _sheet_of_images(image, clean)
         return sheet(image, clean, integer_scale(image))
 
     def __repr__(self) -> str:
@@ -188,16 +200,9 @@ class Denoiser:
     ) -> Image.Image:
         exif = images.tiff_exif(image)
         loaded = images.load(image)
-        mode, pixels = loaded.mode, np.asarray(loaded)
-        if mode == "I":
-            if pixels.size and (pixels.min() < 0 or pixels.max() > 65535):
-                raise ValueError(
-                    f"an image of mode I must lie in 0..65535, got {pixels.min()}..{pixels.max()}"
-                )
-            narrow = pixels.astype(np.uint16)
-            clean = self._denoise_array(narrow, tile, threads, progress).astype(np.int32)
-        else:
-            clean = self._denoise_array(pixels, tile, threads, progress)
+        mode = loaded.mode
+        clean = self._denoise_array(images.pixels(loaded), tile, threads, progress)
+        clean = clean.astype(np.int32) if mode == "I" else clean
         if mode.startswith("I;16"):
             data = clean.astype(">u2" if mode == "I;16B" else "<u2").tobytes()
             result = Image.frombytes(mode, loaded.size, data)
@@ -221,7 +226,7 @@ class Denoiser:
             raise ValueError(
                 f"image must have 1 to 4 channels (HxW or HxWxC), got shape {image.shape}"
             )
-        _check_values(planes[:, :, :colours])
+        check_values(planes[:, :, :colours])
 
         # The copy settles layout, alignment and byte order.
         source = np.moveaxis(planes[:, :, :colours], 2, 0).astype(np.float32, order="C")
@@ -302,13 +307,11 @@ def find_weights(name_or_path: str | os.PathLike[str]) -> Path:
     raise ValueError(f"unknown model {text!r}: not a .safetensors file nor one of: {names}")
 
 
-def _sheet_of_pil(before: Image.Image, after: Image.Image) -> Image.Image:
-    """`Denoiser.compare` of a PIL image that was denoised already."""
+def _sheet_of_images(before: Any, after: Any) -> Image.Image:
+    """`Denoiser.compare` of a PIL image or DeepImage that was denoised already."""
     from ._compare import sheet
 
-    old, new = (np.asarray(images.load(image)) for image in (before, after))
-    if old.dtype == np.int32:
-        old, new = old.astype(np.uint16), new.astype(np.uint16)
+    old, new = (images.pixels(images.stripped(image)) for image in (before, after))
     return sheet(old, new, integer_scale(old))
 
 
@@ -336,7 +339,8 @@ def _check_array(image: npt.NDArray[Any]) -> np.dtype[Any]:
     return dtype
 
 
-def _check_values(colours: npt.NDArray[Any]) -> None:
+def check_values(colours: npt.NDArray[Any]) -> None:
+    """Refuse floats that are not finite, or not on the scale [0, 1]."""
     if colours.dtype.kind != "f":
         return
     bad = int(colours.size - np.count_nonzero(np.isfinite(colours)))

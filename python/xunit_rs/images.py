@@ -7,22 +7,28 @@ import os
 import stat
 import warnings
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal, overload
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+import numpy.typing as npt
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from . import _deep
+from ._deep import DeepImage
 from ._files import replacing
 
 __all__ = [
     "MODES",
+    "DeepImage",
     "ImageError",
     "check_target",
     "encode",
+    "encoding",
     "is_image_name",
     "load",
     "output_format",
+    "pixels",
     "read",
     "stripped",
     "tiff_exif",
@@ -69,7 +75,8 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 # Compressions of a file that was read which lose, or take bilevel images only.
 _TIFF_UNFIT = ("jpeg", "tiff_jpeg", "webp", "tiff_ccitt", "group3", "group4", "tiff_raw_16")
 
-_PHOTOMETRIC_TAG = 262
+_PHOTOMETRIC_TAG, _SAMPLES_TAG, _BITS_TAG, _SAMPLE_FORMAT_TAG = 262, 277, 258, 339
+_TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _XMP_TAG, _XMP_TEXT = 700, "XML:com.adobe.xmp"
 _JPEG_SEGMENT = 65_000  # bytes: what one holds, less its header
 # Tags that say how a TIFF file stores its pixels; the new file has its own. XMP and the ICC profile
@@ -112,7 +119,7 @@ def load(image: Image.Image, name: str = "image") -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
-        raise ImageError(f"{name}: damaged or truncated image ({error})") from error
+        raise _damaged(name, error) from error
     transparent = "transparency" in image.info
     if image.mode in ("P", "PA"):
         return image.convert("RGBA" if transparent or image.mode == "PA" else "RGB")
@@ -127,21 +134,66 @@ def load(image: Image.Image, name: str = "image") -> Image.Image:
     return image
 
 
+def _damaged(name: str, error: Exception) -> ImageError:
+    return ImageError(f"{name}: damaged or truncated image ({_reason(error)})")
+
+
+def pixels(image: Image.Image | DeepImage, name: str = "image") -> npt.NDArray[Any]:
+    """The samples of an image, HxW or HxWxC, as `Denoiser` takes them: mode I becomes uint16.
+
+    Raises ImageError as `load` does, and ValueError for mode I beyond 0..65535.
+    """
+    if isinstance(image, DeepImage):
+        return image.pixels
+    values: npt.NDArray[Any] = np.asarray(load(image, name))
+    if values.dtype == np.int32:
+        if values.size and (values.min() < 0 or values.max() > 65535):
+            span = f"{values.min()}..{values.max()}"
+            raise ValueError(f"an image of mode I must lie in 0..65535, got {span}")
+        values = values.astype(np.uint16)
+    return values
+
+
+@overload
 def read(
-    path: str | os.PathLike[str] | IO[bytes], name: str | None = None, *, animations: bool = True
-) -> Image.Image:
+    path: str | os.PathLike[str] | IO[bytes],
+    name: str | None = None,
+    *,
+    animations: bool = True,
+    deep: Literal[False] = False,
+) -> Image.Image: ...
+
+
+@overload
+def read(
+    path: str | os.PathLike[str] | IO[bytes],
+    name: str | None = None,
+    *,
+    animations: bool = True,
+    deep: bool,
+) -> Image.Image | DeepImage: ...
+
+
+def read(
+    path: str | os.PathLike[str] | IO[bytes],
+    name: str | None = None,
+    *,
+    animations: bool = True,
+    deep: bool = False,
+) -> Image.Image | DeepImage:
     """Read an image file into memory, in one of `MODES`, with its metadata in `info`.
 
     path: of a file, or a binary file that is open and can be rewound; errors call it `name`.
     animations: whether the first frame of an animated GIF, WebP or PNG is taken for an image.
+    deep: whether PNG and TIFF files of a depth that Pillow has no mode for (16-bit colour, float
+        colour, float16 and float64, 16-bit grey with alpha) give a `DeepImage`.
 
     Pixels stay as stored: an EXIF orientation is kept as metadata, not applied (but that of TIFF is
-    applied, and not kept). Warns when Pillow
-    cannot deliver everything: 16-bit colour, and 16-bit grey with alpha, come as 8-bit, and only
-    the first frame is read.
+    applied, and not kept). Warns of what is not delivered: 16 bits that come as 8, channels of
+    TIFF beyond colour and alpha, and frames after the first.
 
-    Raises ImageError (not an image, truncated, a directory, too large, unreadable, animated) and
-    FileNotFoundError.
+    Raises ImageError (not an image, truncated, a directory, too large, unreadable, animated, or of
+    a depth that needs `deep`) and FileNotFoundError.
     """
     source = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
     if name is None:
@@ -153,16 +205,14 @@ def read(
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such file") from None
     except UnidentifiedImageError:
-        reason = "not an image in a format that Pillow knows"
-        if (os.path.getsize(source) if isinstance(source, str) else len(_content(source))) == 0:
-            reason = "the file is empty"
+        with _opened(source) as file:
+            head = file.read(4)
+        if head in _TIFF_HEADS:
+            return _read_tiff(source, name, deep)
+        reason = "not an image in a format that Pillow knows" if head else "the file is empty"
         raise ImageError(f"{name}: {reason}") from None
     except Image.DecompressionBombError:
-        limit = f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels"
-        raise ImageError(
-            f"{name}: too large: {limit}, which PIL.Image.MAX_IMAGE_PIXELS sets against "
-            "decompression bombs"
-        ) from None
+        raise _too_large(name) from None
     except MemoryError:
         raise
     except Exception as error:  # a header broken in the middle raises as decoders do
@@ -173,9 +223,22 @@ def read(
             raise ImageError(f"{name}: an animation of {frames} frames, not an image")
         if frames > 1:
             warnings.warn(f"{name}: only the first of its {frames} frames is read", stacklevel=2)
+        _check_tiff(opened, name)
         layouts = [str(tile[3]) for tile in opened.tile]
+        halved = any(";16" in layout for layout in layouts)
+        # Of planes in a row without compression, Pillow would take each byte for a pixel.
+        mistaken = (
+            not halved and opened.mode[:3] == "RGB" and _tag(opened, _BITS_TAG, (8,))[0] == 16
+        )
+        if mistaken and not deep:
+            raise ImageError(f"{name}: planes of 16 bits are not supported")
+        narrowed = mistaken or (halved and not opened.mode.startswith("I"))
         grey = any("LA;16" in layout for layout in layouts)  # which Pillow turns into RGBA
-        if any(";16" in layout for layout in layouts) and not opened.mode.startswith("I"):
+        if narrowed and deep and (found := _read_deep(opened, source, name)) is not None:
+            return found
+        if opened.format == "PPM" and opened.mode == "RGB":
+            narrowed = any(isinstance(tile[3], tuple) and tile[3][1] > 255 for tile in opened.tile)
+        if narrowed:
             kind = "grey with alpha" if grey else "colour"
             warnings.warn(f"{name}: 16-bit {kind} is read as 8-bit", stacklevel=2)
         more: dict[str, Any] = tiff_exif(opened, name)
@@ -187,11 +250,88 @@ def read(
             image = Image.merge("LA", (image.getchannel(0), image.getchannel(3)))
         if image.mode.startswith("I;16") and _white_is_zero(opened):
             image = _inverted(image)
+        if image.mode == "I" and _tag(opened, _SAMPLE_FORMAT_TAG, (1,))[0] == 1:
+            _check_unsigned(image, name)
         # A copy has no file behind it, so it outlives `with`.
         image = image.copy() if image is opened else image
         image.info = info
         image.format = opened.format
         return image
+
+
+def _too_large(name: str) -> ImageError:
+    limit = f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels"
+    return ImageError(
+        f"{name}: too large: {limit}, which PIL.Image.MAX_IMAGE_PIXELS sets against "
+        "decompression bombs"
+    )
+
+
+def _tag(image: Image.Image, tag: int, default: Any) -> Any:
+    return getattr(image, "tag_v2", {}).get(tag, default)
+
+
+def _check_tiff(image: Image.Image, name: str) -> None:
+    if _tag(image, _SAMPLE_FORMAT_TAG, (1,))[0] == 2 and _tag(image, _BITS_TAG, (1,))[0] == 8:
+        # Pillow would take -1 for 255.
+        raise ImageError(f"{name}: signed values of 8 bits are not supported")
+    if image.format == "TIFF":
+        _warn_of_channels(_tag(image, _SAMPLES_TAG, 1) - len(image.getbands()), name)
+
+
+def _warn_of_channels(count: int, name: str) -> None:
+    if count > 0:
+        which = "a channel" if count == 1 else f"{count} channels"
+        warnings.warn(f"{name}: {which} beyond colour and alpha left out", stacklevel=4)
+
+
+def _check_unsigned(image: Image.Image, name: str) -> None:
+    values = np.asarray(image)
+    if values.size and values.min() < 0:
+        values = values.view(np.uint32)
+        span = f"{values.min()}..{values.max()}"
+        raise ImageError(f"{name}: values of 32 bits, {span}, are not supported beyond 65535")
+
+
+def _read_deep(opened: ImageFile.ImageFile, source: str | IO[bytes], name: str) -> DeepImage | None:
+    """The file as a DeepImage; None where Pillow's 8 bits are all that can be had."""
+    info = opened.info | tiff_exif(opened, name)
+    try:
+        with Image.open(source) as again:
+            values = _deep.decode(opened, again)
+    except MemoryError:
+        raise
+    except Exception as error:  # as in `load`
+        raise _damaged(name, error) from error
+    if values is None:
+        found = _read_tiff(source, name, True)
+        return found if isinstance(found, DeepImage) else None
+    return DeepImage(values, {k: v for k, v in info.items() if k != "transparency"}, opened.format)
+
+
+def _read_tiff(source: str | IO[bytes], name: str, deep: bool) -> DeepImage:
+    """A TIFF file that Pillow does not take."""
+    try:
+        with _opened(source) as file:
+            image, frames, left_out = _deep.read_tiff(file)
+    except (ImageError, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        raise _too_large(name) from None
+    except Exception as error:  # tifffile and its codecs raise whatever
+        raise ImageError(f"{name}: cannot be read ({_reason(error)})") from error
+    if not deep:
+        raise ImageError(f"{name}: mode {image.mode} is not supported")
+    if frames > 1:
+        warnings.warn(f"{name}: only the first of its {frames} frames is read", stacklevel=3)
+    _warn_of_channels(left_out, name)
+    exif = image.getexif()
+    for tag in _TIFF_STRUCTURE & set(exif):
+        del exif[tag]
+    image.info["exif"] = exif.tobytes()
+    if not len(exif):
+        del image.info["exif"]
+    return image
 
 
 def tiff_exif(image: Image.Image, name: str = "image") -> dict[str, Any]:
@@ -213,11 +353,26 @@ def tiff_exif(image: Image.Image, name: str = "image") -> dict[str, Any]:
         return {}
 
 
-def stripped(image: Image.Image) -> Image.Image:
+@overload
+def stripped(image: Image.Image) -> Image.Image: ...
+
+
+@overload
+def stripped(image: Image.Image | DeepImage) -> Image.Image | DeepImage: ...
+
+
+def stripped(image: Image.Image | DeepImage) -> Image.Image | DeepImage:
     """An image without its metadata, turned as its EXIF orientation says.
 
     What stays in `info` is how its file was compressed.
     """
+    if isinstance(image, DeepImage):
+        try:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:  # as below
+            orientation = 1
+        info = {key: image.info[key] for key in _COMPRESSION & set(image.info)}
+        return DeepImage(_deep.oriented(image.pixels, orientation), info, image.format)
     from PIL import ImageOps
 
     try:
@@ -241,7 +396,7 @@ def _inverted(image: Image.Image) -> Image.Image:
 
 
 def _is_lossless_webp(source: str | IO[bytes]) -> bool:
-    with open(source, "rb") if isinstance(source, str) else io.BytesIO(_content(source)) as file:
+    with _opened(source) as file:
         file.seek(12)
         while len(head := file.read(8)) == 8:
             kind, size = head[:4], int.from_bytes(head[4:], "little")
@@ -249,6 +404,10 @@ def _is_lossless_webp(source: str | IO[bytes]) -> bool:
                 return kind == b"VP8L"
             file.seek(16 if kind == b"ANMF" else size + size % 2, os.SEEK_CUR)
     return False
+
+
+def _opened(source: str | IO[bytes]) -> IO[bytes]:
+    return open(source, "rb") if isinstance(source, str) else io.BytesIO(_content(source))
 
 
 def _content(file: IO[bytes]) -> bytes:
@@ -264,23 +423,29 @@ def output_format(path: str | os.PathLike[str]) -> str | None:
     return _FORMATS.get(os.path.splitext(path)[1].lower())
 
 
-def encode(image: Image.Image, file_format: str | None) -> bytes:
-    """An image as the content of a file, as `write` writes it.
+def encode(image: Image.Image | DeepImage, file_format: str | None) -> bytes:
+    """An image as the content of a file, as `write` writes it, in the format of `encoding`."""
+    file = io.BytesIO()
+    _save(image, file, encoding(image, file_format), "image")
+    return file.getvalue()
 
-    In `file_format` if that stores what was denoised, this mode and size; otherwise in PNG or TIFF.
+
+def encoding(image: Image.Image | DeepImage, file_format: str | None) -> str:
+    """The format that `encode` writes.
+
+    `file_format` if that stores what was denoised, this mode and size; otherwise PNG or TIFF.
     """
     kind = "JPEG" if file_format == "MPO" else file_format
     formats = set(_FORMATS.values())
     if kind not in formats or not _stores(kind, image.mode) or not _holds(kind, image.size):
         kind = "PNG" if _stores("PNG", image.mode) else "TIFF"
-    file = io.BytesIO()
-    _save(image, file, kind, "image")
-    return file.getvalue()
+    return kind
 
 
 def _stores(file_format: str, mode: str) -> bool:
+    """Whether a format stores a mode; of 16-bit colour 8 bits will do."""
     allowed = _FORMAT_MODES.get(file_format)
-    return allowed is None or mode in allowed
+    return allowed is None or mode in allowed or mode.removesuffix(";16") in allowed
 
 
 def _holds(file_format: str, size: tuple[int, int]) -> bool:
@@ -307,7 +472,7 @@ def check_target(
     if file_format is None or file_format not in Image.SAVE:
         raise ImageError(f"{name}: cannot write images with suffix {suffix!r}; try .png")
     if mode is not None and not _stores(file_format, mode):
-        other = ".png or .tif" if mode in _FORMAT_MODES["PNG"] else ".tif"
+        other = ".png or .tif" if _stores("PNG", mode) else ".tif"
         raise ImageError(f"{name}: {file_format} cannot store mode {mode}; try {other}")
     if size is not None and not _holds(file_format, size):
         limit = f"more than {_LARGEST[file_format]} pixels a side, got {size[0]}×{size[1]}"
@@ -331,7 +496,9 @@ def check_target(
     return file_format
 
 
-def write(image: Image.Image, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+def write(
+    image: Image.Image | DeepImage, path: str | os.PathLike[str], *, overwrite: bool = False
+) -> None:
     """Write an image, with the metadata in `image.info`, in one atomic step.
 
     EXIF, XMP, ICC profile and DPI, the text of PNG and the comment of JPEG are written where the
@@ -340,7 +507,9 @@ def write(image: Image.Image, path: str | os.PathLike[str], *, overwrite: bool =
     The file appears under its name only when complete: it is written under a temporary name in
     the same folder, then renamed. The suffix chooses the format; JPEG is written at quality 95
     without chroma subsampling; WebP without loss if it was read from such a file. An image of mode
-    I becomes a PNG file of 16 bits.
+    I becomes a PNG file of 16 bits. A `DeepImage` keeps its depth in PNG and TIFF; formats of 8
+    bits get 8 of its 16, with a warning. TIFF files of a `DeepImage` are uncompressed if it was
+    read from such a file, or deflated.
 
     Raises ImageError; see `check_target`.
     """
@@ -359,8 +528,18 @@ def write(image: Image.Image, path: str | os.PathLike[str], *, overwrite: bool =
         raise ImageError(f"{name}: cannot be written ({_reason(error)})") from error
 
 
-def _save(image: Image.Image, file: IO[bytes], file_format: str, name: str) -> None:
+def _save(image: Image.Image | DeepImage, file: IO[bytes], file_format: str, name: str) -> None:
     options = _options(image.info, file_format, name)
+    if isinstance(image, DeepImage):
+        if file_format == "TIFF":
+            file.write(_deep.tiff(image, options))
+            return
+        if file_format == "PNG":
+            file.write(_deep.png(image, options))
+            return
+        warnings.warn(f"{name}: {file_format} holds 8 of the image's 16 bits", stacklevel=3)
+        narrow = np.rint(image.pixels / np.float32(257)).astype(np.uint8)
+        image = Image.fromarray(np.ascontiguousarray(narrow))
     if image.mode == "I" and file_format == "PNG":
         pixels = np.asarray(image)
         if pixels.min() < 0 or pixels.max() > 65535:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from . import images
-from .denoise import find_weights, integer_scale, pretrained_names
+from .denoise import check_values, find_weights, integer_scale, pretrained_names
 
 __all__ = ["estimate_sigma", "is_grey", "nearest_model"]
 
@@ -35,24 +35,24 @@ def estimate_sigma(image: Any) -> float:
     Clipping hides noise: rounded to 8 bits, the error is 1.5, -0.3 and -4.7. So do JPEG and every
     step of a camera that makes the noise of neighbours alike.
 
-    image: a numpy array or PIL image, as for `Denoiser`, of at least 3×3 pixels, or a path.
+    image: a numpy array, PIL image or `images.DeepImage`, as for `Denoiser`, of at least 3×3
+        pixels, or a path.
 
-    Raises ValueError for a smaller image and for values that are not finite, and what `Denoiser`
-    raises for what is no image.
+    Raises ValueError for a smaller image, and what `Denoiser` raises for what is no image.
 
     Source: J. Immerkær, Fast Noise Variance Estimation, CVIU 64 (2), 1996.
     """
     if isinstance(image, (str, os.PathLike)):
-        image = images.read(image)
-    if isinstance(image, Image.Image):
-        image = np.asarray(images.load(image))
-        image = image.astype(np.uint16) if image.dtype == np.int32 else image
+        image = images.read(image, deep=True)
+    if isinstance(image, (Image.Image, images.DeepImage)):
+        image = images.pixels(image)
     scale = integer_scale(image)
     planes = image[:, :, None] if image.ndim == 2 else image
     colours = 3 if planes.shape[2] > 2 else 1
     height, width = planes.shape[:2]
     if height < 3 or width < 3:
         raise ValueError(f"image must be 3×3 or larger, got shape {image.shape}")
+    check_values(planes[:, :, :colours])
     squares = 0.0
     for channel in range(colours):
         total = 0.0
@@ -63,15 +63,12 @@ def estimate_sigma(image: Any) -> float:
             total += float(np.abs(filtered).sum(dtype=np.float64))
         sigma = math.sqrt(math.pi / 2) / 6 * total / ((height - 2) * (width - 2))
         squares += sigma**2
-    result = 255 / scale * math.sqrt(squares / colours)
-    if not math.isfinite(result):
-        raise ValueError("image has non-finite values (NaN or infinity)")
-    return result
+    return 255 / scale * math.sqrt(squares / colours)
 
 
-def is_grey(image: Image.Image) -> bool:
-    """Whether a PIL image is grey: by its mode, or by three planes that are equal."""
-    if image.mode not in ("RGB", "RGBA"):
+def is_grey(image: Image.Image | images.DeepImage) -> bool:
+    """Whether an image is grey: by its mode, or by three planes that are equal."""
+    if not image.mode.startswith("RGB"):
         return True
     pixels: npt.NDArray[Any] = np.asarray(image)
     return all(
