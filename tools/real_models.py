@@ -20,6 +20,7 @@ import argparse
 import collections
 import copy
 import functools
+import gc
 import statistics
 import sys
 import tempfile
@@ -107,7 +108,7 @@ def difference(models: Iterable[nn.Module], images: torch.Tensor) -> float:
     def compare(file: Path, grad: torch.Tensor) -> None:
         apart = 0.0
         with file.open("rb") as stored:
-            for part in grad.flatten().split(1 << 22):
+            for part in grad.flatten().split(1 << 20):
                 other = torch.from_numpy(np.fromfile(stored, count=part.numel()))
                 apart = max(apart, (part - other).abs_().max().item())
         found.append((apart, torch.linalg.vector_norm(grad, float("inf")).item()))
@@ -178,6 +179,7 @@ def sites(name: str) -> str:
     if exports(model, images):
         exported = "both" if exports(new, images) else "only before"
     del model
+    gc.collect()  # the exported programs hold it in a cycle
     new.train()
     apart = difference(by_kernels_and_plainly(new), images) if converted or swapped else None
     row = (
