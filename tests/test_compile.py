@@ -290,6 +290,16 @@ def unit_arguments(variant, batch, dtype=torch.float32, grad=True, layout=torch.
     return *inputs, *given, variant, "sigmoid", norms, [n and batch for n in norms], [1e-5, 1e-5]
 
 
+def test_every_operator_has_an_opcheck():
+    names = torch._C._dispatch_get_all_op_names()
+    assert {name for name in names if name.startswith("xunit_rs::")} == {
+        "xunit_rs::depthwise_conv2d",
+        "xunit_rs::depthwise_conv2d_backward",
+        "xunit_rs::unit",
+        "xunit_rs::unit_backward",
+    }
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck_of_the_convolution(dtype):
     arguments = conv_arguments(dtype)

@@ -207,6 +207,36 @@ def test_nothing_is_disturbed(run):
     assert torch.is_grad_enabled() and all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("case", "devices"),
+    [("plain", {"meta"}), ("values", {"meta", "cpu"}), ("in place", {"cpu"}), ("hook", {"cpu"})],
+)
+def test_the_probe_runs_on_the_meta_device_where_the_model_allows_it(case, devices):
+    seen = []
+
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.bn = nn.BatchNorm2d(4)
+            self.relu = nn.ReLU(inplace=case == "in place")
+
+        def forward(self, x):
+            seen.append(x.device.type)
+            if case == "values":
+                float(x.sum())
+            return self.relu(self.bn(self.conv(x)))
+
+    model = Watched().double()
+    if case == "hook":
+        model.conv.register_forward_hook(lambda *_: None)
+    (site,) = find_relus(model, image().double())
+    assert site[:4] == ("relu", ((2, 4, 5, 6),), 4, "convert") and set(seen) == devices
+    new = replace_relu(model, image().double())
+    assert {(p.device.type, p.dtype) for p in new.parameters()} == {("cpu", torch.float64)}
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
 def test_lazy_parameters_stay_lazy():
     model = nn.Sequential(nn.LazyConv2d(4, 1), nn.ReLU())
     assert find_relus(model, image())[0].channels == 4
@@ -646,11 +676,6 @@ def test_alias_of_a_block():
 
 
 def test_share():
-    class Same(Reused):
-        def __init__(self):
-            super().__init__()
-            self.conv3 = nn.Conv2d(4, 4, 1)
-
     new = replace_relu(Same(), image(), reused="share")
     assert type(new.relu) is xUnit
     new(image())
@@ -696,6 +721,59 @@ def test_checkpointing_of_the_scope():
         torch.testing.assert_close(a.grad, b.grad)
 
 
+class Same(Reused):
+    """One ReLU, called three times with as many channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv3 = nn.Conv2d(4, 4, 1)
+
+
+@pytest.mark.parametrize(("reused", "units"), [("split", 3), ("share", 1), ("skip", 0)])
+def test_what_becomes_of_a_reused_relu_works_in_every_mode(reused, units):
+    torch._dynamo.reset()
+    model = nn.Sequential(Same(), nn.Conv2d(4, 2, 1), nn.ReLU())
+
+    def convert():
+        unit = functools.partial(xUnit, kernel_size=3, batch_norm=True)
+        return replace_relu(model, image(), unit=unit, reused=reused)
+
+    new = convert()
+    assert type(new) is nn.Sequential and type(new[0]) is Same
+    assert sum(type(m) is xUnit for m in new.modules()) == units + 1
+
+    def gradients(run, module):
+        module.zero_grad()
+        run(image().requires_grad_()).square().sum().backward()
+        return [p.grad for p in module.parameters()]
+
+    twin = copy.deepcopy(new)
+    expected = gradients(twin, twin)
+    for wrap in (
+        lambda m: torch.compile(m, backend="aot_eager", fullgraph=True),
+        lambda m: functools.partial(checkpoint, m, use_reentrant=False),
+        lambda m: functools.partial(checkpoint, m, use_reentrant=True),
+    ):
+        twin = copy.deepcopy(new)
+        for a, b in zip(gradients(wrap(twin), twin), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+    new(image())  # running statistics of its own
+    expected = new.eval()(image())
+    other = convert().eval()
+    other.load_state_dict(new.state_dict())
+    for again in (
+        other,
+        copy.deepcopy(new),
+        pickle.loads(pickle.dumps(new)),
+        torch.export.export(new, (image(),)).module(),
+        torch.jit.trace(new, image()),
+        torch.compile(new, backend="eager", fullgraph=True),
+    ):
+        for _ in range(2):
+            torch.testing.assert_close(again(image()), expected)
+
+
 def test_compiles_without_graph_breaks():
     new = replace_relu(Net(), image()).eval()
     compiled = torch.compile(new, backend="eager", fullgraph=True)
@@ -736,6 +814,17 @@ def test_hooks_carry_over():
     handle.remove()
     new(image())
     assert calls == [1]
+
+
+def test_requires_grad_carries_over():
+    model = simple()
+    model[0].requires_grad_(False)
+    new = replace_relu(model, image())
+    assert {name: p.requires_grad for name, p in new.named_parameters()} == {
+        **dict.fromkeys(("0.weight", "0.bias"), False),
+        **dict.fromkeys(("1.features.2.weight", "1.features.2.bias"), True),
+        **dict.fromkeys(("2.weight", "2.bias"), True),
+    }
 
 
 def test_a_unit_that_raises_leaves_the_model_whole():

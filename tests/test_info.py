@@ -18,6 +18,13 @@ def test_info_is_a_dict_that_prints_as_a_table() -> None:
     assert len({line.index(value) for line, value in zip(lines, facts.values(), strict=True)}) <= 2
 
 
+def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
+    from xunit_rs.cli import main
+
+    assert main(["info"]) == 0
+    assert capsys.readouterr().out == f"{xunit_rs.info()}\n"
+
+
 def test_info_imports_no_torch() -> None:
     code = "import sys, xunit_rs; print(xunit_rs.info()); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

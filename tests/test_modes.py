@@ -209,6 +209,78 @@ def test_anomaly_mode_finds_our_backward(subject, kernels):
     assert kernels
 
 
+@everything
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_dtypes_and_layouts(subject, dtype, layout, kernels):
+    ours, plain = pair(subject, dtype)
+    x = image(dtype=dtype).contiguous(memory_format=layout)
+    out = ours(x)
+    assert out.dtype is dtype and out.is_contiguous(memory_format=layout)
+    found = gradients(ours, x)
+    assert {g.dtype for g in found} == {dtype} and len(kernels) == 3
+    exact = {"rtol": 1e-9, "atol": 1e-9}
+    tolerance = exact if dtype is torch.float64 else {"rtol": 0.05, "atol": 0.05}
+    close([out.double()], [plain.double()(x.double())], **tolerance)
+    close([g.double() for g in found], gradients(plain, x.double()), **tolerance)
+
+
+# ---------------------------------------------------------------- graphs
+
+
+@everything
+def test_compiled_training_with_dynamic_shapes(subject, kernels):
+    torch._dynamo.reset()
+    ours, plain = pair(subject)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=True)
+    for shape in ((2, 3, 6, 7), (4, 3, 9, 5)):
+        close(gradients(compiled, image(*shape)), gradients(plain, image(*shape)))
+    assert len(kernels) == 4
+    with torch.no_grad():
+        close([compiled.eval()(image())], [plain.eval()(image())])
+    assert len(kernels) == 5
+
+
+@everything
+def test_exported_and_traced(subject, kernels):
+    ours, plain = pair(subject)
+    ours.eval(), plain.eval()
+    dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    graphs = [
+        torch.export.export(ours, (image(),), dynamic_shapes=(dynamic,)).module(),
+        torch.jit.trace(ours, image()),
+        torch.fx.symbolic_trace(ours),
+    ]
+    kernels.clear()  # torch.jit.trace checks what it gives
+    for x in (image(), image(4, 3, 9, 5)):
+        for graph in graphs:
+            close([graph(x)], [plain(x)])
+    assert not kernels
+
+
+def test_onnx_of_the_functions(tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = nn.Sequential(*(make() for make in FUNCTIONS.values())).eval()
+    torch.onnx.export(
+        model,
+        (image(),),
+        tmp_path / "functions.onnx",
+        dynamo=True,
+        opset_version=18,
+        dynamic_shapes=(dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),),
+        input_names=["x"],
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(
+        tmp_path / "functions.onnx", providers=["CPUExecutionProvider"]
+    )
+    for x in (image(), image(1, 3, 12, 5), image(4, 3, 7, 9)):
+        (out,) = session.run(None, {"x": x.numpy()})
+        close([torch.from_numpy(out)], [model(x)], rtol=1e-5, atol=1e-5)
+
+
 # ---------------------------------------------------------------- parameters
 
 

@@ -20,12 +20,16 @@ import argparse
 import collections
 import copy
 import functools
+import gc
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -90,28 +94,57 @@ def step(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return out.detach()
 
 
-def difference(ours: nn.Module, plain: nn.Module, images: torch.Tensor) -> float:
-    """The largest relative difference of a parameter's gradient, both in float64."""
-    found = []
-    for m in (ours, plain):  # in turn, as VGG in float64 is large
-        m.double()
-        torch.manual_seed(0)
-        if not step(m, images.double()).isfinite().all():
-            raise ValueError("the output is not finite")
-        found.append([p.grad for p in m.parameters()])
-        m.to("meta")
-    grads = [(a, b) for a, b in zip(*found, strict=True) if a is not None and b is not None]
+def difference(models: Iterable[nn.Module], images: torch.Tensor) -> float:
+    """The largest relative difference of a parameter's gradient between two models, in float64.
+
+    Gradients are let go as they come, as VGG in float64 is large: those of the first model lie in
+    files until the second has its own.
+    """
+    found: list[tuple[float, float]] = []
+
+    def store(file: Path, grad: torch.Tensor) -> None:
+        grad.numpy().tofile(file)
+
+    def compare(file: Path, grad: torch.Tensor) -> None:
+        apart = 0.0
+        with file.open("rb") as stored:
+            for part in grad.flatten().split(1 << 20):
+                other = torch.from_numpy(np.fromfile(stored, count=part.numel()))
+                apart = max(apart, (part - other).abs_().max().item())
+        found.append((apart, torch.linalg.vector_norm(grad, float("inf")).item()))
+
+    with tempfile.TemporaryDirectory() as folder:
+        for use, model in zip((store, compare), models, strict=True):
+            model.double()
+
+            def take(p: nn.Parameter, file: Path, use: Any = use) -> None:
+                use(file, p.grad)
+                p.grad = None
+
+            hooks = [
+                p.register_post_accumulate_grad_hook(
+                    functools.partial(take, file=Path(folder, name))
+                )
+                for name, p in model.named_parameters()
+            ]
+            torch.manual_seed(0)
+            if not step(model, images.double()).isfinite().all():
+                raise ValueError("the output is not finite")
+            for hook in hooks:
+                hook.remove()
+        if len(found) != len(list(Path(folder).iterdir())):
+            raise ValueError("some parameters have a gradient in one model only")
     # What is zero but for rounding, as that of a bias before a batch norm, has no scale of its own.
-    least = 1e-6 * max(b.abs().max().item() for _, b in grads)
-    return max(((a - b).abs().max() / b.abs().max().clamp_min(least)).item() for a, b in grads)
+    least = 1e-6 * max(scale for _, scale in found)
+    return max(apart / max(scale, least) for apart, scale in found)
 
 
-def plain_twin(model: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(model)
-    for m in twin.modules():
+def by_kernels_and_plainly(model: nn.Module) -> Iterator[nn.Module]:
+    yield model
+    for m in model.modules():
         if hasattr(m, "backend"):
             m.backend = "torch"
-    return twin
+    yield model
 
 
 def exports(model: nn.Module, images: torch.Tensor) -> bool:
@@ -146,8 +179,9 @@ def sites(name: str) -> str:
     if exports(model, images):
         exported = "both" if exports(new, images) else "only before"
     del model
-    twin = plain_twin(new.train())
-    apart = difference(new, twin, images) if converted or swapped else None
+    gc.collect()  # the exported programs hold it in a cycle
+    new.train()
+    apart = difference(by_kernels_and_plainly(new), images) if converted or swapped else None
     row = (
         f"{name.replace('/', ' ')}{', via fx' if via == 'fx' else ''}",
         str(len(table)),
@@ -166,7 +200,7 @@ def timing(name: str, size: int, batch: int, rounds: int) -> list[str]:
     ours = copy.deepcopy(plain)
     count = sum(swap.action == "swap" for swap in accelerate(ours))
     images = torch.randn(batch, 3, size, size)
-    apart = difference(copy.deepcopy(ours), copy.deepcopy(plain), images)
+    apart = difference(map(copy.deepcopy, (ours, plain)), images)
     rows = []
     for layout in (torch.contiguous_format, torch.channels_last):
         models = [m.to(memory_format=layout) for m in (ours, plain)]

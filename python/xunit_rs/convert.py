@@ -113,8 +113,10 @@ def find_relus(model: nn.Module, example_inputs: Any, *, via: str = "modules") -
     example_inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword
     arguments. A copy of the model, which shares its parameters, is run once in evaluation mode
     without gradients, hooks included: buffers, training flags and torch's random state stay as they
-    are. A model with in-place ReLUs is copied and run again, to see whether it relies on what they
-    do to their input, as ``x + conv(relu_(x))`` does: those are not converted.
+    are. It runs on the meta device, which computes nothing, if it can there, is on the CPU and has
+    neither hooks nor in-place ReLUs. A model with in-place ReLUs is copied and run again, to see
+    whether it relies on what they do to their input, as ``x + conv(relu_(x))`` does: those are not
+    converted.
     via: as in :func:`replace_relu`.
     Raises TypeError for what is no model or no inputs, ValueError if the model does not run.
     """
@@ -279,8 +281,10 @@ class _Seen(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, x: Any) -> _Seen | None:
-        return cls(tuple(x.shape), x.dtype, x.device) if isinstance(x, Tensor) else None
+    def of(cls, x: Any, device: torch.device | None) -> _Seen | None:
+        if not isinstance(x, Tensor):
+            return None
+        return cls(tuple(x.shape), x.dtype, device or x.device)
 
 
 class _Call(NamedTuple):
@@ -290,13 +294,28 @@ class _Call(NamedTuple):
 
 
 class _Probe(TorchFunctionMode):
-    """Notes every forward of the modules of `model`, and the functional relus in them."""
+    """Notes every forward of the modules of `model`, and the functional relus in them.
 
-    def __init__(self, model: nn.Module, relus: set[int]) -> None:
+    places: of the ReLUs, (path of the parent, attribute); that of the model itself is ("", "").
+    device: where tensors are in truth, if they are on the meta device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        places: Iterable[tuple[str, str]],
+        device: torch.device | None = None,
+    ) -> None:
         super().__init__()
-        self.relus = relus
+        self.device = device
+        self.relus = {
+            id(model.get_submodule(path)._modules[attribute]): (path, attribute)
+            for path, attribute in places
+        }
+        if isinstance(model, nn.ReLU):
+            self.relus[id(model)] = ("", "")
         self.names = {id(m): name for name, m in model.named_modules()}
-        self.calls: dict[int, list[_Call]] = {i: [] for i in relus}
+        self.calls: dict[tuple[str, str], list[_Call]] = {p: [] for p in self.relus.values()}
         self.functional: list[tuple[str, _Seen | None]] = []
         self.stack: list[tuple[int, int]] = []
         self.forwards = 0
@@ -308,7 +327,8 @@ class _Probe(TorchFunctionMode):
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if id(module) in self.relus:
             x = args[0] if args else kwargs.get("input")
-            self.calls[id(module)].append(_Call(_Seen.of(x), tuple(self.stack)))
+            seen = _Seen.of(x, self.device)
+            self.calls[self.relus[id(module)]].append(_Call(seen, tuple(self.stack)))
         self.stack.append((id(module), self.forwards))
         self.forwards += 1
 
@@ -321,7 +341,8 @@ class _Probe(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _FUNCTIONS and not (self.stack and self.stack[-1][0] in self.relus):
             name = self.names[self.stack[-1][0]] if self.stack else ""
-            self.functional.append((name, _Seen.of(args[0] if args else kwargs.get("input"))))
+            x = args[0] if args else kwargs.get("input")
+            self.functional.append((name, _Seen.of(x, self.device)))
         return func(*args, **kwargs)
 
 
@@ -354,26 +375,28 @@ def _plan(model: nn.Module, example_inputs: Any) -> Iterator[tuple[_Slot | None,
                 child._forward_hooks = child._forward_hooks.copy()
                 slots.append((path, attribute, child, reason))
 
-    relus = {id(relu) for _, _, relu, _ in slots}
-    if isinstance(probed, nn.ReLU):
-        relus.add(id(probed))
+    places = [(path, attribute) for path, attribute, _, _ in slots]
     inplace = [
         (path, attribute)
         for path, attribute, relu, reason in slots
         if (not reason or reason.endswith(_OTHER_KIND)) and getattr(relu, "inplace", False)
     ]
-    untouched = _deepcopy(probed, dict(memo)) if inplace else probed
-    probe = _Probe(probed, relus)
-    outputs = _run(probed, args, kwargs, probe)
-    used = _used_in_place(untouched, inplace, args, kwargs, outputs)
+    probe = None if inplace else _on_meta(probed, places, args, kwargs)
+    used: set[tuple[str, str]] = set()
+    if probe is None:
+        untouched = _deepcopy(probed, dict(memo)) if inplace else probed
+        probe = _Probe(probed, places)
+        outputs = _run(probed, args, kwargs, probe)
+        if inplace:
+            used = _used_in_place(untouched, inplace, args, kwargs, outputs)
 
     if isinstance(probed, nn.ReLU):
-        shapes = tuple(_shape(call.input) for call in probe.calls[id(probed)])
+        shapes = tuple(_shape(call.input) for call in probe.calls["", ""])
         reason = "the model itself is the ReLU: no module holds it"
         yield None, [ReluSite("", shapes, None, "skip", reason)]
-    for path, attribute, relu, reason in slots:
+    for path, attribute, _, reason in slots:
         name = f"{path}.{attribute}".lstrip(".")
-        calls = probe.calls[id(relu)]
+        calls = probe.calls[path, attribute]
         if (path, attribute) in used:
             reason = "its in-place effect is used"
         scope = _scope(calls, probe.names)
@@ -386,6 +409,39 @@ def _plan(model: nn.Module, example_inputs: Any) -> Iterator[tuple[_Slot | None,
             yield slot, [ReluSite(name, (), None, "skip", reason)]
     for name, x in probe.functional:
         yield None, [ReluSite(name, (_shape(x),), _channels(x), "skip", _FUNCTIONAL)]
+
+
+def _on_meta(
+    model: nn.Module,
+    places: Iterable[tuple[str, str]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> _Probe | None:
+    """What a run on the meta device shows; None if that is not possible.
+
+    Hooks of the user's, which may keep what they see, are not shown such tensors.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    if (
+        {t.device.type for t in (*tensors, *inputs)} != {"cpu"}
+        or any(type(t) not in (Tensor, nn.Parameter) for t in tensors)
+        or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    ):
+        return None
+    memo: dict[int, Any] = {
+        id(t): nn.Parameter(t.detach().to("meta"), t.requires_grad)
+        if isinstance(t, nn.Parameter)
+        else t.detach().to("meta")
+        for t in tensors
+    }
+    sketch = _deepcopy(model, memo)
+    probe = _Probe(sketch, places, torch.device("cpu"))
+    try:
+        _run(sketch, _cloned(args, "meta"), _cloned(kwargs, "meta"), probe)
+    except ValueError:  # it reads values, or makes tensors of its own
+        return None
+    return probe
 
 
 def _run(
@@ -507,13 +563,13 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def _cloned(value: Any) -> Any:
+def _cloned(value: Any, device: str | None = None) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return value.detach().to(device, copy=True)
     if type(value) in (tuple, list):
-        return type(value)(map(_cloned, value))
+        return type(value)(_cloned(v, device) for v in value)
     if type(value) is dict:
-        return {k: _cloned(v) for k, v in value.items()}
+        return {k: _cloned(v, device) for k, v in value.items()}
     return value
 
 
