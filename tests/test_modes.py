@@ -249,8 +249,9 @@ def test_exported_and_traced(subject, kernels):
     graphs = [
         torch.export.export(ours, (image(),), dynamic_shapes=(dynamic,)).module(),
         torch.jit.trace(ours, image()),
-        torch.fx.symbolic_trace(ours),
     ]
+    if subject in MODULES:  # torch.fx cannot trace what the functions check
+        graphs.append(torch.fx.symbolic_trace(ours))
     kernels.clear()  # torch.jit.trace checks what it gives
     for x in (image(), image(4, 3, 9, 5)):
         for graph in graphs:
