@@ -257,9 +257,9 @@ class _Job:
     resume: bool
     threads: int | None
     spawned: bool
-    # Whether the group of processes is made, and ended, by this run.
-    connects: bool
     metadata: dict[str, str]
+    # Whether the group of processes is made, and ended, by this run.
+    connects: bool = True
 
 
 def _fabric(accelerator: str, devices: int, precision: str) -> Any:
