@@ -216,6 +216,8 @@ def read(
     except MemoryError:
         raise
     except Exception as error:  # a header broken in the middle raises as decoders do
+        if getattr(error, "errno", None) is None:
+            raise _damaged(name, error) from error
         raise ImageError(f"{name}: cannot be read ({_reason(error)})") from error
     with opened:
         frames = getattr(opened, "n_frames", 1)
