@@ -528,6 +528,7 @@ print("equal")
 """
 
 
+# Every wheel of PyTorch has gloo; builds without torch.distributed cannot start several processes.
 @pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
     reason="this PyTorch has no gloo",

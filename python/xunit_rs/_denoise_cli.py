@@ -18,7 +18,7 @@ from PIL import Image
 
 from . import images
 from ._plan import PIPE, Job, plan, remaining
-from ._terminal import Bar, Refused, fail, note, reason
+from ._terminal import Bar, Refused, fail, natural, note, reason
 from .denoise import Denoiser, _sheet_of_images, pretrained_names
 from .noise import estimate_sigma, is_grey, nearest_model
 
@@ -96,12 +96,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of the noise to take away, 0 to 1 (default: %(default)g)",
     )
     group.add_argument(
-        "--threads", metavar="N", type=_natural, default=0, help="0 = all cores (default)"
+        "--threads", metavar="N", type=natural, default=0, help="0 = all cores (default)"
     )
     group.add_argument(
         "--tile",
         metavar="N",
-        type=_natural,
+        type=natural,
         default=0,
         help="width of the panels a large image is cut into, pixels, to save memory; 0 = by "
         "memory (default)",
@@ -119,13 +119,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     amount.add_argument(
         "-v", "--verbose", action="store_true", help="print model, size and time of each image"
     )
-
-
-def _natural(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, got {number}")
-    return number
 
 
 def _strength(text: str) -> float:

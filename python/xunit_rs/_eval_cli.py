@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import evaluation
-from ._terminal import Bar
+from ._terminal import Bar, natural, numbers
 from .denoise import DEFAULT_MODEL, Denoiser, pretrained_names
 
 __all__ = ["add_arguments", "run"]
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sigma",
-        type=_numbers,
+        type=numbers,
         default=[25.0],
         metavar="S[,S...]",
         help="noise, 0-255 scale, such as 15,25,50 (default: 25)",
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ssim", action="store_true", help="measure SSIM, too")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each image")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    parser.add_argument("--threads", type=_natural, default=0, help="0 = all cores (default)")
+    parser.add_argument("--threads", type=natural, default=0, help="0 = all cores (default)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -109,17 +109,6 @@ def _network(name: str, args: argparse.Namespace) -> Any:
 
         torch.set_num_threads(args.threads)
     return models.from_pretrained(name)
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
-def _natural(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, got {number}")
-    return number
 
 
 def _finite(value: Any) -> Any:

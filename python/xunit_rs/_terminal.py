@@ -1,14 +1,15 @@
-"""What the commands print to a terminal: errors of one line, and progress."""
+"""What the commands share: errors of one line, progress, types of options."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
 import traceback
 from typing import TextIO, final
 
-__all__ = ["Bar", "Refused", "fail", "note", "plain", "reason"]
+__all__ = ["Bar", "Refused", "fail", "gauge", "natural", "note", "numbers", "plain", "reason"]
 
 _CLEAR = "\r\x1b[K"
 
@@ -61,7 +62,7 @@ class Bar:
 
     def show(self, done: int, total: int, name: str = "") -> None:
         if self.live and total > 1:
-            self._print(f"{_gauge(done / total)} {done}/{total} {name}")
+            self._print(f"{gauge(done / total)} {done}/{total} {name}")
 
     def pixels(self, done: float, total: int, megapixels: float, name: str = "") -> None:
         """Show how many images are done, shares included, and at what pace since the start."""
@@ -72,7 +73,7 @@ class Bar:
         seconds = max(now - self._start, 1e-3)
         left = f", {_duration(seconds * (total - done) / done)} left" if done > 0 else ""
         self._print(
-            f"{_gauge(done / total)} {int(done)}/{total} images, {megapixels:.1f} MP, "
+            f"{gauge(done / total)} {int(done)}/{total} images, {megapixels:.1f} MP, "
             f"{megapixels / seconds:.2f} MP/s{left} {name}"
         )
 
@@ -89,7 +90,8 @@ class Bar:
         print(_CLEAR + plain(text)[: (width or 80) - 1], end="", file=self.stream, flush=True)
 
 
-def _gauge(share: float) -> str:
+def gauge(share: float) -> str:
+    """How much of the whole is done, as a bar of twenty places."""
     return f"[{('#' * int(20 * share)).ljust(20, '.')}]"
 
 
@@ -97,3 +99,16 @@ def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def natural(text: str) -> int:
+    """The type of an option that counts."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {number}")
+    return number
+
+
+def numbers(text: str) -> list[float]:
+    """The type of an option that takes numbers, with commas between them."""
+    return [float(part) for part in text.split(",")]

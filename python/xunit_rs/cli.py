@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ._terminal import Refused, fail, note, reason
+from ._terminal import Refused, fail, note, numbers, reason
 
 __all__ = ["main"]
 
@@ -23,10 +23,6 @@ def _sigmas(text: str) -> float | tuple[float, float]:
     except ValueError:
         low, _, high = text.partition("-")
         return float(low), float(high)
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
 
 
 def _seconds(text: str) -> float:
@@ -52,7 +48,7 @@ _TRAIN_OPTIONS: list[tuple[str, Callable[[str], Any], str]] = [
     ("depth", int, "number of blocks (default: its own)"),
     ("init", Path, "checkpoint to start from; not read with --resume"),
     ("val", Path, "folder of clean images to measure PSNR and SSIM on"),
-    ("val-sigma", _numbers, "noise to measure it at, such as 25,50 (default: of training)"),
+    ("val-sigma", numbers, "noise to measure it at, such as 25,50 (default: of training)"),
     ("validations", int, "how often over the run"),
     ("precision", str, "auto, float32 or bfloat16"),
     ("ema-decay", float, "decay of the moving average of the weights"),

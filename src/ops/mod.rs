@@ -81,6 +81,10 @@ struct Source<'a, T> {
 }
 
 impl<'a, T> Source<'a, T> {
+    fn new(tensor: &'a [T], batch: Batch) -> Self {
+        Self { tensor, batch, first: 0 }
+    }
+
     /// Plane (n, c).
     fn plane(&self, n: usize, c: usize) -> &'a [T] {
         plane(self.tensor, self.batch, n, c - self.first)

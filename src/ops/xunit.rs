@@ -260,7 +260,7 @@ pub fn xunit_forward<T: Scalar>(
                 &mut own
             });
             pointwise.forward(batch, layout, x, p, threads);
-            Some(Source { tensor: &*p, batch, first: 0 })
+            Some(Source::new(&*p, batch))
         }
         None => None,
     };
@@ -271,10 +271,7 @@ pub fn xunit_forward<T: Scalar>(
     let each_channel = |x: &[T], out: &Planes<'_, T>| {
         parallel::for_each(threads, batch.c, |c| {
             // SAFETY: this task alone names channel c.
-            unsafe {
-                let x = Source { tensor: x, batch, first: 0 };
-                task.channel(c, x, out, stats_planes.plane(0, c));
-            }
+            unsafe { task.channel(c, Source::new(x, batch), out, stats_planes.plane(0, c)) };
         });
     };
     match (layout, Groups::new::<T>(batch, threads)) {
@@ -430,14 +427,19 @@ pub fn xunit_backward<T: Scalar>(
     let mut sums = vec![0.0; batch.c * width];
     let gx_planes = Planes::new(&mut *gx, batch);
     let sum_planes = Planes::new(&mut sums, Batch { n: 1, c: batch.c, h: 1, w: width });
-    let whole = |tensor| Source { tensor, batch, first: 0 };
     let gp = pointwise.as_mut().map(|pointwise| Planes::new(&mut *pointwise.p, batch));
-    let task = Backward { unit, geometry, d: whole(d), p: p.map(whole), gp };
+    let task = Backward {
+        unit,
+        geometry,
+        d: Source::new(d, batch),
+        p: p.map(|p| Source::new(p, batch)),
+        gp,
+    };
     let each_channel = |grad: &[T], x: &[T], gx: &Planes<'_, T>| {
-        let whole = |tensor| Source { tensor, batch, first: 0 };
+        let (grad, x) = (Source::new(grad, batch), Source::new(x, batch));
         parallel::for_each(threads, batch.c, |c| {
             // SAFETY: this task alone names channel c.
-            unsafe { task.channel(c, whole(grad), whole(x), gx, sum_planes.plane(0, c)) };
+            unsafe { task.channel(c, grad, x, gx, sum_planes.plane(0, c)) };
         });
     };
     match (layout, Groups::new::<T>(batch, threads)) {

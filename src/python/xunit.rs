@@ -221,7 +221,9 @@ fn kernel_of<T: Number>(weight: &View<'_, T>, channels: usize) -> PyResult<usize
 /// of each batch norm that uses the batch's. bn1, bn2: None or (weight or None, bias or None, mean,
 /// var, eps, batch, None or (running mean, running var, momentum)).
 #[pyfunction]
-#[pyo3(signature = (variant, gate, x, pw_weight, pw_bias, weight, bias, bn1, bn2, out, d, p, channels_last, threads))]
+#[pyo3(signature = (
+    variant, gate, x, pw_weight, pw_bias, weight, bias, bn1, bn2, out, d, p, channels_last, threads
+))]
 #[allow(clippy::too_many_arguments)]
 pub fn xunit_forward<'py>(
     variant: &str,

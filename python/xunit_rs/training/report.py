@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .._files import replacing
+from .._terminal import gauge
 from ..evaluation import psnr
 
 if TYPE_CHECKING:  # in typing itself only from Python 3.11 on
@@ -64,10 +65,9 @@ class Progress:
             return
         self.last = now
         spent = max(now - self.start, 1e-9)
-        filled = int(20 * state.progress)
         left = (1 - state.progress) * spent / max(state.progress - self.first.progress, 1e-9)
         parts = [
-            f"[{'#' * filled}{'.' * (20 - filled)}] {100 * state.progress:.1f} %",
+            f"{gauge(state.progress)} {100 * state.progress:.1f} %",
             f"step {state.step}",
             f"{(state.step - self.first.step) * self.pixels / spent / 1e6:.3f} Mpixel/s",
             f"{_clock(left)} left",
