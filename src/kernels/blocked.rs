@@ -9,6 +9,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::activation::Gate;
+use super::minimal;
 use crate::memory::Line;
 use crate::simd::{Kernel, Simd};
 
@@ -97,9 +98,10 @@ impl<'a> RowMut<'a> {
     }
 }
 
-/// An affine map per channel, v ↦ scale · v + shift, whole blocks.
+/// An affine map per channel, v ↦ scale · (v − centre) + shift, whole blocks.
 #[derive(Clone, Debug)]
 pub struct Maps {
+    pub centre: Vec<f32>,
     pub scale: Vec<f32>,
     pub shift: Vec<f32>,
 }
@@ -110,8 +112,6 @@ pub struct Sink<'a> {
     pub rows: &'a [RowMut<'a>],
     /// The rows get relu(v) instead of v.
     pub relu: bool,
-    /// relu(map(v)) goes to these rows, besides.
-    pub rectified: Option<(&'a [RowMut<'a>], &'a Maps)>,
 }
 
 impl Sink<'_> {
@@ -119,12 +119,6 @@ impl Sink<'_> {
     #[inline(always)]
     pub(super) fn holds(&self, blocks: usize, pixels: usize, lanes: usize) -> bool {
         self.rows.iter().all(|row| row.holds(blocks, pixels, lanes))
-            && self.rectified.is_none_or(|(rows, maps)| {
-                rows.len() == self.rows.len()
-                    && rows.iter().all(|row| row.holds(blocks, pixels, lanes))
-                    && maps.scale.len() >= blocks * lanes
-                    && maps.shift.len() >= blocks * lanes
-            })
     }
 
     /// Writes a pixel of a block.
@@ -140,18 +134,10 @@ impl Sink<'_> {
         block: usize,
         pixel: usize,
     ) {
-        let (lanes, zero) = (simd.lanes(), simd.splat(0.0));
         // SAFETY: the caller's promise.
         unsafe {
-            let out = self.rows.get_unchecked(row).block(block).add(pixel * lanes);
-            simd.store(if self.relu { simd.select_le_zero(v, zero, v) } else { v }, out);
-            if let Some((rows, maps)) = self.rectified {
-                let scale = simd.load(maps.scale.as_ptr().add(block * lanes));
-                let shift = simd.load(maps.shift.as_ptr().add(block * lanes));
-                let out = rows.get_unchecked(row).block(block).add(pixel * lanes);
-                let mapped = simd.fma(scale, v, shift);
-                simd.store(simd.select_le_zero(mapped, zero, mapped), out);
-            }
+            let out = self.rows.get_unchecked(row).block(block).add(pixel * simd.lanes());
+            simd.store(if self.relu { simd.select_le_zero(v, simd.splat(0.0), v) } else { v }, out);
         }
     }
 }
@@ -378,112 +364,253 @@ impl Last<'_> {
 }
 
 /// The spatial gate of a unit in evaluation, all constants folded: taps and bias of the depthwise
-/// convolution with the batch norm behind it, and the map of what follows the unit.
+/// convolution with the batch norm behind it.
 #[derive(Debug)]
 pub struct GateWeights {
-    pub gate: Gate,
-    pub k: usize,
-    /// (blocks, k, k, lanes)
-    pub taps: Vec<f32>,
+    gate: Gate,
+    k: usize,
+    /// (blocks, k, k, lanes); of [`minimal`] filtering (blocks, points, k, groups, lanes).
+    taps: Vec<f32>,
+    /// Groups of rows of taps of minimal filtering, 0 where the sums are plain.
+    groups: usize,
     /// Whole blocks.
-    pub bias: Vec<f32>,
-    pub after: Maps,
+    bias: Vec<f32>,
+    /// The gate sees relu(map(v)), or v.
+    rectifier: Option<Maps>,
+    /// Of what the unit yields.
+    after: Maps,
 }
 
-/// Pixels of the widest tile of a [`Gated`].
+impl GateWeights {
+    /// `taps` is (blocks, k, k, lanes), the others whole blocks; k must be odd. `after` has no centre.
+    pub fn new(
+        (gate, k): (Gate, usize),
+        taps: Vec<f32>,
+        bias: Vec<f32>,
+        rectifier: Option<Maps>,
+        after: Maps,
+        lanes: usize,
+    ) -> Self {
+        let len = bias.len();
+        assert!(k % 2 == 1 && len.is_multiple_of(lanes) && taps.len() == len * k * k);
+        for Maps { centre, scale, shift } in rectifier.iter().chain([&after]) {
+            assert!([centre, scale, shift].iter().all(|list| list.len() == len));
+        }
+        Self { gate, k, taps, groups: 0, bias, rectifier, after }
+    }
+
+    /// Takes rows in threes by minimal filtering, where that is faster: then where a sum is not finite
+    /// others around it may not be either.
+    pub fn filtered(self, lanes: usize) -> Self {
+        let (k, groups) = (self.k, minimal::groups(self.k));
+        match groups {
+            0 => self,
+            _ => Self {
+                taps: minimal::transform_taps(&self.taps, (k, k), groups, lanes),
+                groups,
+                ..self
+            },
+        }
+    }
+
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// The elements that a [`Gated`] of so many rows and pixels needs.
+    pub fn scratch(&self, rows: usize, pixels: usize, lanes: usize) -> usize {
+        let rows = match self.groups {
+            0 => rows.min(MAX_ROWS) + self.k - 1,
+            groups => (rows.min(MAX_ROWS).div_ceil(minimal::TILE) + groups - 1) * minimal::POINTS,
+        };
+        rows * (pixels + self.k - 1) * lanes
+    }
+}
+
+/// The padding of an image `len` wide that `halo` numbers below a range and as many above reach.
+pub fn padding(range: &Range<usize>, halo: usize, len: usize) -> (usize, usize) {
+    (halo.saturating_sub(range.start), (range.end + halo).saturating_sub(len))
+}
+
+/// Rows of outputs of which the inputs are in the scratch together: the fewer, the more inputs are
+/// there more than once; the more, the more of the second-level cache they take.
+const MAX_ROWS: usize = 24;
+
+/// Tiles of minimal filtering down a column that a register tile has, at most.
+const STRIP: usize = 4;
+/// Pixels of the widest register tile of a [`Gated`].
 const MAX_TILE: usize = 6;
 
-/// out = after(x · g(bias + taps ⋆ u)), rows of all blocks.
+/// out = after(x · g(bias + taps ⋆ u)), u = relu(map(v)) or v: rows of all blocks.
 pub struct Gated<'a> {
     pub weights: &'a GateWeights,
-    /// 2 ⌊k / 2⌋ rows more than there are of x, from the first column that a tap reads on, their pixels
-    /// next to each other.
-    pub u: &'a [Row<'a>],
+    /// ⌊k / 2⌋ rows above the first row of outputs to as many below the last, and as many columns to
+    /// the left of the first pixel and to the right of the last, without those of `padding`.
+    pub v: &'a [Row<'a>],
     pub x: &'a [Row<'a>],
+    /// Rows above and below, columns to the left and to the right, of which u is zero.
+    pub padding: [usize; 4],
     pub pixels: usize,
     pub out: &'a [RowMut<'a>],
+    /// [`GateWeights::scratch`] elements.
+    pub scratch: &'a mut [f32],
 }
 
 impl Kernel<f32> for Gated<'_> {
-    type Output = ();
+    /// Whether all sums of minimal filtering are finite: infinities and NaNs reach other outputs there
+    /// than they should.
+    type Output = bool;
 
     #[inline(always)]
-    fn run<S: Simd<f32>>(self, simd: S) {
-        let (k, lanes, pixels) = (self.weights.k, simd.lanes(), self.pixels);
+    fn run<S: Simd<f32>>(mut self, simd: S) -> bool {
+        let mut check = simd.splat(0.0);
+        let &GateWeights { k, groups, .. } = self.weights;
+        let (lanes, rows) = (simd.lanes(), self.out.len());
+        let [top, bottom, left, right] = self.padding;
         let blocks = self.weights.bias.len() / lanes;
-        assert!(k % 2 == 1 && self.u.len() == self.x.len() + k - 1);
-        assert!(self.x.len() == self.out.len() && self.weights.bias.len() == blocks * lanes);
-        assert!(self.weights.taps.len() == blocks * k * k * lanes);
-        let Maps { scale, shift } = &self.weights.after;
-        assert!(scale.len() == blocks * lanes && shift.len() == blocks * lanes);
-        assert!(self.u.iter().all(|row| row.holds(blocks, pixels + k - 1, lanes)));
-        assert!(self.x.iter().all(|row| row.reaches(blocks, pixels, lanes)));
-        assert!(self.out.iter().all(|row| row.reaches(blocks, pixels, lanes)));
+        assert!(self.weights.bias.len() == blocks * lanes && self.pixels > 0);
+        assert!([top, bottom, left, right].iter().all(|&padding| padding <= k / 2));
+        assert!(self.v.len() + top + bottom == rows + k - 1 && self.x.len() == rows);
+        let columns = self.width() - left - right;
+        assert!(self.v.iter().all(|row| row.reaches(blocks, columns, lanes)));
+        assert!(self.x.iter().all(|row| row.reaches(blocks, self.pixels, lanes)));
+        assert!(self.out.iter().all(|row| row.reaches(blocks, self.pixels, lanes)));
+        assert!(self.scratch.len() >= self.weights.scratch(rows, self.pixels, lanes));
         for block in 0..blocks {
-            let mut y = 0;
-            while y < self.x.len() {
-                // A tile ramps in and out over one row less than its height.
-                let tall = self.x.len() - y >= 4 && k >= 3;
-                // SAFETY: rows y..y + 4 or y alone, inside by the assertions above.
+            for y in (0..rows).step_by(MAX_ROWS) {
+                let rows = y..rows.min(y + MAX_ROWS);
+                // SAFETY: rows of out, by the assertions above; `groups` of k are what `new` asked for.
                 unsafe {
-                    if tall {
-                        self.strip::<S, 4>(simd, block, y);
-                    } else {
-                        self.strip::<S, 1>(simd, block, y);
+                    check = match groups {
+                        0 => {
+                            self.plain(simd, block, rows);
+                            check
+                        }
+                        3 => simd.add(check, self.minimal::<S, 3>(simd, block, rows)),
+                        4 => simd.add(check, self.minimal::<S, 4>(simd, block, rows)),
+                        _ => unreachable!("{groups} groups"),
                     }
+                }
+            }
+        }
+        simd.sum(check) == 0.0
+    }
+}
+
+impl Gated<'_> {
+    /// Pixels of a row of u, padding and all.
+    #[inline(always)]
+    fn width(&self) -> usize {
+        self.pixels + self.weights.k - 1
+    }
+
+    /// Whether a row of u, counted from the first that a tap reads on, is none of padding.
+    #[inline(always)]
+    fn is_inside(&self, row: usize) -> bool {
+        (self.padding[0]..self.padding[0] + self.v.len()).contains(&row)
+    }
+
+    /// The first pixel of v of a row of u, or of the row next to it if it is padding.
+    #[inline(always)]
+    fn row(&self, block: usize, row: usize) -> *const f32 {
+        let row = row.saturating_sub(self.padding[0]).min(self.v.len() - 1);
+        self.v[row].block(block)
+    }
+
+    /// The map of the rectifier of a block.
+    #[inline(always)]
+    fn rectifier<S: Simd<f32>>(&self, simd: S, block: usize) -> Option<[S::V; 3]> {
+        let Maps { centre, scale, shift } = self.weights.rectifier.as_ref()?;
+        let at = block * simd.lanes();
+        let of = |list: &[f32]| {
+            let list = &list[at..][..simd.lanes()];
+            // SAFETY: as many as lanes.
+            unsafe { simd.load(list.as_ptr()) }
+        };
+        Some([of(centre), of(scale), of(shift)])
+    }
+
+    /// Rows of outputs by plain sums.
+    ///
+    /// # Safety
+    /// What `run` asserts; the rows must be inside, no more than [`MAX_ROWS`].
+    #[inline(always)]
+    unsafe fn plain<S: Simd<f32>>(&mut self, simd: S, block: usize, rows: Range<usize>) {
+        let k = self.weights.k;
+        // SAFETY: the caller's promise; what is read of u was written before.
+        unsafe {
+            match self.rectifier(simd, block) {
+                Some(maps) => self.copy::<S, true>(simd, block, rows.clone(), maps),
+                None => self.copy::<S, false>(simd, block, rows.clone(), [simd.splat(0.0); 3]),
+            }
+            let mut y = 0;
+            while y < rows.len() {
+                // A tile ramps in and out over one row less than its height.
+                let tall = rows.len() - y >= 4 && k >= 3;
+                let mut x = 0;
+                while x < self.pixels {
+                    let at = (rows.start, y, x);
+                    x += match (tall, S::TILE_VECTORS == 4, self.pixels - x) {
+                        (true, true, 6..) => self.tile::<S, 4, 6>(simd, block, at),
+                        (true, _, 3..) => self.tile::<S, 4, 3>(simd, block, at),
+                        (true, ..) => self.tile::<S, 4, 1>(simd, block, at),
+                        (_, true, 6..) => self.tile::<S, 1, 6>(simd, block, at),
+                        (_, _, 3..) => self.tile::<S, 1, 3>(simd, block, at),
+                        _ => self.tile::<S, 1, 1>(simd, block, at),
+                    };
                 }
                 y += if tall { 4 } else { 1 };
             }
         }
     }
-}
 
-impl Gated<'_> {
-    /// R rows of a block.
+    /// Copies the rows of u that these rows depend on: to (rows, pixels, lanes).
     ///
     /// # Safety
-    /// What `run` asserts; the rows must be inside, and k ≥ R − 1.
+    /// As [`Gated::plain`].
     #[inline(always)]
-    unsafe fn strip<S: Simd<f32>, const R: usize>(&self, simd: S, block: usize, y: usize) {
-        let mut x = 0;
-        while x < self.pixels {
-            let left = self.pixels - x;
-            // SAFETY: the pixels x..x + C are inside.
-            unsafe {
-                if S::TILE_VECTORS == 4 && left >= 6 {
-                    self.tile::<S, R, 6>(simd, block, y, x);
-                    x += 6;
-                } else if left >= 3 {
-                    self.tile::<S, R, 3>(simd, block, y, x);
-                    x += 3;
-                } else {
-                    self.tile::<S, R, 1>(simd, block, y, x);
-                    x += 1;
+    unsafe fn copy<S: Simd<f32>, const RECTIFY: bool>(
+        &mut self,
+        simd: S,
+        block: usize,
+        rows: Range<usize>,
+        maps: [S::V; 3],
+    ) {
+        let (lanes, width, step) = (simd.lanes(), self.width(), self.v[0].step);
+        let [_, _, left, right] = self.padding;
+        for row in rows.start..rows.end + self.weights.k - 1 {
+            let from = self.row(block, row);
+            let inside = self.is_inside(row);
+            let u = &mut self.scratch[(row - rows.start) * width * lanes..][..width * lanes];
+            if !inside {
+                u.fill(0.0);
+                continue;
+            }
+            u[..left * lanes].fill(0.0);
+            u[(width - right) * lanes..].fill(0.0);
+            for x in 0..width - left - right {
+                // SAFETY: a pixel of v and of u.
+                unsafe {
+                    let v = simd.load(from.add(x * step));
+                    let v = if RECTIFY { rectified(simd, maps, v) } else { v };
+                    simd.store(v, u.as_mut_ptr().add((left + x) * lanes));
                 }
             }
         }
     }
 
-    /// R rows of C pixels of a block.
+    /// R rows of C pixels of a block, the y-th of those from `start` on. Returns C.
     ///
     /// # Safety
-    /// What `run` asserts; the pixels must be inside, and k ≥ R − 1.
+    /// As [`Gated::plain`], with what is read of u in the scratch, and k ≥ R − 1.
     #[inline(always)]
     unsafe fn tile<S: Simd<f32>, const R: usize, const C: usize>(
         &self,
         simd: S,
         block: usize,
-        y: usize,
-        x: usize,
-    ) {
+        (start, y, x): (usize, usize, usize),
+    ) -> usize {
         let (weights, lanes, k) = (self.weights, simd.lanes(), self.weights.k);
-        // Of the tile after this one: the rows come from the third-level cache, and the first ones that
-        // a tile reads are those that it has the least to do with.
-        for row in &self.u[y..y + k - 1 + R] {
-            for c in 0..C {
-                simd.prefetch(row.block(block).wrapping_add((x + k - 1 + C + c) * lanes));
-            }
-        }
         // SAFETY: there is a bias for each channel.
         let mut acc = [[unsafe { simd.load(weights.bias.as_ptr().add(block * lanes)) }; C]; R];
         let mut sums = MaybeUninit::<[[Line; MAX_TILE]; R]>::uninit();
@@ -507,19 +634,9 @@ impl Gated<'_> {
                     simd.store(acc, sums.add((r * C + c) * lanes));
                 }
             }
-            // Not unrolled: R · C copies of the gate would not fit the first-level cache.
-            let scale = simd.load(weights.after.scale.as_ptr().add(block * lanes));
-            let shift = simd.load(weights.after.shift.as_ptr().add(block * lanes));
-            for r in 0..R {
-                let (from, to) = (self.x.get_unchecked(y + r), self.out.get_unchecked(y + r));
-                for c in 0..C {
-                    let g = weights.gate.value(simd, simd.load(sums.add((r * C + c) * lanes)));
-                    let x_at = simd.load(from.block(block).add((x + c) * from.step));
-                    let out = simd.fma(scale, simd.mul(x_at, g), shift);
-                    simd.store(out, to.block(block).add((x + c) * to.step));
-                }
-            }
+            self.gate::<S, C>(simd, block, start + y..start + y + R, x, sums);
         }
+        C
     }
 
     /// Some rows of u: each feeds rows low..high of the tile. By value: accumulators behind a reference
@@ -537,12 +654,12 @@ impl Gated<'_> {
         rows: Range<usize>,
         (low, high): (usize, usize),
     ) -> [[S::V; C]; R] {
-        let (lanes, k) = (simd.lanes(), self.weights.k);
+        let (lanes, k, width) = (simd.lanes(), self.weights.k, self.width());
         // SAFETY: the caller's promise.
         unsafe {
             let taps = self.weights.taps.as_ptr().add(block * k * k * lanes);
             for row in rows {
-                let input = self.u.get_unchecked(y + row).block(block).add(x * lanes);
+                let input = self.scratch.as_ptr().add(((y + row) * width + x) * lanes);
                 for j in 0..k {
                     let mut v = [simd.splat(0.0); C];
                     for (c, v) in v.iter_mut().enumerate() {
@@ -562,52 +679,254 @@ impl Gated<'_> {
         }
         acc
     }
-}
 
-/// u = relu(scale · (x − centre) + shift) or x, for a [`Gated`]: a block of a row in channels_last.
-pub struct Gather<'a> {
-    /// From the block of the first pixel on.
-    pub x: &'a [f32],
-    /// Elements from one pixel of x to the next.
-    pub step: usize,
-    /// Centre, scale and shift of the block.
-    pub rectifier: Option<[&'a [f32]; 3]>,
-    pub out: &'a mut [f32],
-}
-
-impl Kernel<f32> for Gather<'_> {
-    type Output = ();
-
+    /// Gates rows of C pixels, of which `sums` holds the sums, row by row.
+    ///
+    /// # Safety
+    /// What `run` asserts; rows and pixels must be inside.
     #[inline(always)]
-    fn run<S: Simd<f32>>(self, simd: S) {
-        let Self { x, step, rectifier, out } = self;
-        let lanes = simd.lanes();
-        let pixels = out.len() / lanes;
-        assert!(pixels == 0 || x.len() >= (pixels - 1) * step + lanes);
-        assert!(rectifier.is_none_or(|maps| maps.iter().all(|map| map.len() >= lanes)));
-        let zero = simd.splat(0.0);
-        // SAFETY: pixels of x and out, and vectors of the maps, by the assertions above.
+    unsafe fn gate<S: Simd<f32>, const C: usize>(
+        &self,
+        simd: S,
+        block: usize,
+        rows: Range<usize>,
+        x: usize,
+        sums: *const f32,
+    ) {
+        let (GateWeights { gate, after, .. }, lanes) = (self.weights, simd.lanes());
+        // SAFETY: the caller's promise.
         unsafe {
-            if let Some(maps) = rectifier {
-                let [centre, scale, shift] = [maps[0], maps[1], maps[2]];
-                let centre = simd.load(centre.as_ptr());
-                let (scale, shift) = (simd.load(scale.as_ptr()), simd.load(shift.as_ptr()));
-                for pixel in 0..pixels {
-                    let v = simd.sub(simd.load(x.as_ptr().add(pixel * step)), centre);
-                    let v = simd.fma(scale, v, shift);
-                    simd.store(
-                        simd.select_le_zero(v, zero, v),
-                        out.as_mut_ptr().add(pixel * lanes),
-                    );
-                }
-            } else {
-                for pixel in 0..pixels {
-                    let v = simd.load(x.as_ptr().add(pixel * step));
-                    simd.store(v, out.as_mut_ptr().add(pixel * lanes));
+            let scale = simd.load(after.scale.as_ptr().add(block * lanes));
+            let shift = simd.load(after.shift.as_ptr().add(block * lanes));
+            // Not unrolled: so many copies of the gate would not fit the first-level cache.
+            for (r, y) in rows.enumerate() {
+                let (from, to) = (self.x.get_unchecked(y), self.out.get_unchecked(y));
+                for c in 0..C {
+                    let g = gate.value(simd, simd.load(sums.add((r * C + c) * lanes)));
+                    let x_at = simd.load(from.block(block).add((x + c) * from.step));
+                    let out = simd.fma(scale, simd.mul(x_at, g), shift);
+                    simd.store(out, to.block(block).add((x + c) * to.step));
                 }
             }
         }
     }
+
+    /// Rows of outputs by minimal filtering down the columns, of which the taps are G groups. Returns
+    /// zeros if all sums are finite.
+    ///
+    /// # Safety
+    /// As [`Gated::plain`].
+    #[inline(always)]
+    unsafe fn minimal<S: Simd<f32>, const G: usize>(
+        &mut self,
+        simd: S,
+        block: usize,
+        rows: Range<usize>,
+    ) -> S::V {
+        let zero = simd.splat(0.0);
+        let mut check = zero;
+        // SAFETY: the caller's promise; the tiles are transformed before they are read.
+        unsafe {
+            for tile in 0..rows.len().div_ceil(minimal::TILE) + G - 1 {
+                let at = (tile, rows.start + tile * minimal::TILE);
+                match self.rectifier(simd, block) {
+                    Some(maps) => self.transform::<S, true>(simd, block, at, maps),
+                    None => self.transform::<S, false>(simd, block, at, [zero; 3]),
+                }
+            }
+            let mut x = 0;
+            while x < self.pixels {
+                // 20 accumulators and 3 taps fit 32 registers, 8 and 3 fit 16.
+                let (of_tiles, wide) = match (S::TILE_VECTORS == 4, self.pixels - x) {
+                    (true, 5..) => (self.tiles::<S, 5, G>(simd, block, rows.clone(), x), 5),
+                    (false, 2..) => (self.tiles::<S, 2, G>(simd, block, rows.clone(), x), 2),
+                    _ => (self.tiles::<S, 1, G>(simd, block, rows.clone(), x), 1),
+                };
+                check = simd.add(check, of_tiles);
+                x += wide;
+            }
+        }
+        check
+    }
+
+    /// Transforms a row of tiles of u, the first row of which is `row`: to (points, pixels, lanes).
+    ///
+    /// # Safety
+    /// What `run` asserts.
+    #[inline(always)]
+    unsafe fn transform<S: Simd<f32>, const RECTIFY: bool>(
+        &mut self,
+        simd: S,
+        block: usize,
+        (tile, row): (usize, usize),
+        maps: [S::V; 3],
+    ) {
+        const POINTS: usize = minimal::POINTS;
+        let (lanes, width, step) = (simd.lanes(), self.width(), self.v[0].step);
+        let [_, _, left, right] = self.padding;
+        let mut rows = [self.row(block, row); POINTS];
+        let mut inside = [false; POINTS];
+        for i in 0..POINTS {
+            (rows[i], inside[i]) = (self.row(block, row + i), self.is_inside(row + i));
+        }
+        // What the next tile reads.
+        let next = [
+            self.row(block, row + POINTS),
+            self.row(block, row + POINTS + 1),
+            self.row(block, row + POINTS + 2),
+        ];
+        let whole = inside.iter().all(|&inside| inside);
+        let tile = &mut self.scratch[tile * POINTS * width * lanes..][..POINTS * width * lanes];
+        for point in tile.chunks_exact_mut(width * lanes) {
+            point[..left * lanes].fill(0.0);
+            point[(width - right) * lanes..].fill(0.0);
+        }
+        for x in 0..width - left - right {
+            let mut d = [simd.splat(0.0); POINTS];
+            // SAFETY: all rows have these pixels, and the tile those of all points.
+            unsafe {
+                for i in 0..POINTS {
+                    d[i] = simd.load(rows[i].add(x * step));
+                    if RECTIFY {
+                        d[i] = rectified(simd, maps, d[i]);
+                    }
+                    if !whole && !inside[i] {
+                        d[i] = simd.splat(0.0);
+                    }
+                }
+                for row in &next {
+                    simd.prefetch(row.wrapping_add(x * step));
+                }
+                let to = tile.as_mut_ptr().add((left + x) * lanes);
+                for (p, &v) in minimal::transform_input(simd, d).iter().enumerate() {
+                    simd.store(v, to.add(p * width * lanes));
+                }
+            }
+        }
+    }
+
+    /// Rows of C pixels, up to [`STRIP`] tiles at a time. Returns zeros if all sums are finite.
+    ///
+    /// # Safety
+    /// What `run` asserts; the pixels must be inside, their tiles transformed.
+    #[inline(always)]
+    unsafe fn tiles<S: Simd<f32>, const C: usize, const G: usize>(
+        &self,
+        simd: S,
+        block: usize,
+        rows: Range<usize>,
+        x: usize,
+    ) -> S::V {
+        const POINTS: usize = minimal::POINTS;
+        let (weights, lanes) = (self.weights, simd.lanes());
+        let mut check = simd.splat(0.0);
+        let mut products = MaybeUninit::<[[[Line; MAX_TILE]; STRIP]; POINTS]>::uninit();
+        let mut sums = MaybeUninit::<[[Line; MAX_TILE]; STRIP * minimal::TILE]>::uninit();
+        let (products, sums) =
+            (products.as_mut_ptr().cast::<f32>(), sums.as_mut_ptr().cast::<f32>());
+        // Of the tile after this one, while there are products to compute.
+        for y in rows.clone() {
+            let to = &self.out[y];
+            for c in x + C..x + 2 * C {
+                simd.prefetch(to.block(block).wrapping_add(c * to.step));
+            }
+        }
+        // SAFETY: the caller's promise; a line for each vector, which is no longer.
+        unsafe {
+            let bias = simd.load(weights.bias.as_ptr().add(block * lanes));
+            let mut first = rows.start;
+            while first < rows.end {
+                let tile = (first - rows.start) / minimal::TILE;
+                let tiles = (rows.end - first).div_ceil(minimal::TILE);
+                let tiles = [STRIP, 2].into_iter().find(|&some| tiles >= some).unwrap_or(1);
+                for point in 0..POINTS {
+                    let at = (tile, x, point);
+                    match tiles {
+                        STRIP => self.products::<S, STRIP, C, G>(simd, block, at, products),
+                        2 => self.products::<S, 2, C, G>(simd, block, at, products),
+                        _ => self.products::<S, 1, C, G>(simd, block, at, products),
+                    }
+                }
+                for at in 0..tiles * C {
+                    let mut m = [bias; POINTS];
+                    for (point, m) in m.iter_mut().enumerate() {
+                        *m = simd.load(products.add((point * tiles * C + at) * lanes));
+                    }
+                    for (i, &v) in minimal::transform_output(simd, m).iter().enumerate() {
+                        let (row, v) = (at / C * minimal::TILE + i, simd.add(v, bias));
+                        // What lies below the last row is made of rows that do not exist.
+                        if first + row < rows.end {
+                            check = simd.fma(v, simd.splat(0.0), check);
+                        }
+                        simd.store(v, sums.add((row * C + at % C) * lanes));
+                    }
+                }
+                let end = (first + tiles * minimal::TILE).min(rows.end);
+                self.gate::<S, C>(simd, block, first..end, x, sums);
+                first = end;
+            }
+        }
+        check
+    }
+
+    /// A point of T tiles of C pixels, from row `tile` of the transformed tiles and pixel `x` on, to
+    /// (points, T, C, lanes).
+    ///
+    /// # Safety
+    /// The tiles must be transformed, T + G − 1 of them.
+    #[inline(always)]
+    unsafe fn products<S: Simd<f32>, const T: usize, const C: usize, const G: usize>(
+        &self,
+        simd: S,
+        block: usize,
+        (tile, x, point): (usize, usize, usize),
+        to: *mut f32,
+    ) {
+        let (k, lanes, zero) = (self.weights.k, simd.lanes(), simd.splat(0.0));
+        let row = self.width() * lanes;
+        let mut acc = [[zero; C]; T];
+        // SAFETY: the caller's promise.
+        unsafe {
+            let first = (tile * minimal::POINTS + point) * row + x * lanes;
+            let from = self.scratch.as_ptr().add(first);
+            let taps = (block * minimal::POINTS + point) * k * G * lanes;
+            let taps = self.weights.taps.as_ptr().add(taps);
+            for j in 0..k {
+                let mut w = [zero; G];
+                for (g, w) in w.iter_mut().enumerate() {
+                    *w = simd.load(taps.add((j * G + g) * lanes));
+                }
+                macro_rules! rows {
+                    ($($i:literal)+) => {$(
+                        if $i < T + G - 1 {
+                            let from = from.add($i * minimal::POINTS * row + j * lanes);
+                            for c in 0..C {
+                                let v = simd.load(from.add(c * lanes));
+                                for g in 0..G {
+                                    if $i >= g && $i - g < T {
+                                        acc[$i - g][c] = simd.fma(w[g], v, acc[$i - g][c]);
+                                    }
+                                }
+                            }
+                        }
+                    )+};
+                }
+                rows!(0 1 2 3 4 5 6);
+            }
+            for (t, acc) in acc.iter().enumerate() {
+                for (c, &acc) in acc.iter().enumerate() {
+                    simd.store(acc, to.add(((point * T + t) * C + c) * lanes));
+                }
+            }
+        }
+    }
+}
+
+/// relu(map(v)).
+#[inline(always)]
+fn rectified<S: Simd<f32>>(simd: S, [centre, scale, shift]: [S::V; 3], v: S::V) -> S::V {
+    let v = simd.fma(scale, simd.sub(v, centre), shift);
+    simd.select_le_zero(v, simd.splat(0.0), v)
 }
 
 /// Weights of a convolution 1 × 1 in channels_last, packed for [`Mix`], and its bias.

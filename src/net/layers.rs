@@ -36,7 +36,8 @@ impl Norm {
     pub(super) fn maps(&self, lanes: usize) -> Maps {
         let list =
             |values: &[f64]| padded(&values.iter().map(|&v| v as f32).collect::<Vec<_>>(), lanes);
-        Maps { scale: list(&self.scale), shift: list(&self.shift) }
+        let centre = padded(&vec![0.0; self.scale.len()], lanes);
+        Maps { centre, scale: list(&self.scale), shift: list(&self.shift) }
     }
 
     /// The scale and shift of a channel.
@@ -64,14 +65,6 @@ impl Conv {
     }
 }
 
-/// An xUnit or xUnitS.
-#[derive(Debug)]
-pub(super) struct Unit {
-    pub(super) weights: GateWeights,
-    /// Of an xUnit: the batch norm ahead of its ReLU.
-    pub(super) rectifier: Option<Maps>,
-}
-
 /// What a unit is made of.
 pub(super) struct UnitParts {
     pub(super) gate: Gate,
@@ -87,7 +80,7 @@ pub(super) struct UnitParts {
 impl UnitParts {
     /// Folds `norm2` into the taps, which it follows: padding is met before it. `after` is the batch
     /// norm of the next block, which padding follows, so that it is not folded further.
-    pub(super) fn fold(&self, after: &Norm, lanes: usize) -> Unit {
+    pub(super) fn fold(&self, after: &Norm, lanes: usize) -> GateWeights {
         let square = self.k * self.k;
         let channels = self.bias.len();
         let mut taps = vec![0.0; channels.next_multiple_of(lanes) * square];
@@ -98,14 +91,10 @@ impl UnitParts {
         }
         let bias = (0..channels)
             .map(|c| (f64::from(self.bias[c]) * self.norm2.scale[c] + self.norm2.shift[c]) as f32);
-        let weights = GateWeights {
-            gate: self.gate,
-            k: self.k,
-            taps,
-            bias: padded(&bias.collect::<Vec<_>>(), lanes),
-            after: after.maps(lanes),
-        };
-        Unit { weights, rectifier: self.norm1.as_ref().map(|norm| norm.maps(lanes)) }
+        let bias = padded(&bias.collect::<Vec<_>>(), lanes);
+        let rectifier = self.norm1.as_ref().map(|norm| norm.maps(lanes));
+        let after = after.maps(lanes);
+        GateWeights::new((self.gate, self.k), taps, bias, rectifier, after, lanes).filtered(lanes)
     }
 }
 
@@ -113,12 +102,13 @@ impl UnitParts {
 #[derive(Debug)]
 pub(super) struct Layer {
     pub(super) conv: Conv,
-    pub(super) unit: Option<Unit>,
+    /// The gate of an xUnit or xUnitS.
+    pub(super) unit: Option<GateWeights>,
 }
 
 impl Layer {
     /// Rows and columns around an output of the activation that it depends on.
     pub(super) fn unit_halo(&self) -> usize {
-        self.unit.as_ref().map_or(0, |unit| unit.weights.k / 2)
+        self.unit.as_ref().map_or(0, |unit| unit.k() / 2)
     }
 }

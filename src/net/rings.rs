@@ -10,7 +10,7 @@ use crate::memory::Aligned;
 /// with zeros for padding on both sides. Rows above and below the image are zeros.
 pub(super) struct Ring {
     data: Aligned,
-    pub(super) rows: usize,
+    rows: usize,
     height: usize,
     blocks: usize,
     lanes: usize,
@@ -74,6 +74,11 @@ unsafe impl Send for Shared<'_> {}
 unsafe impl Sync for Shared<'_> {}
 
 impl<'a> Shared<'a> {
+    /// How many are kept.
+    pub(super) fn rows(&self) -> usize {
+        self.ring.rows
+    }
+
     /// Row `y`, from pixel `x` − `before` on.
     ///
     /// # Safety

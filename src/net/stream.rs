@@ -8,10 +8,10 @@
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::layers::{Conv, Layer, Unit};
+use super::layers::{Conv, Layer};
 use super::rings::{Ring, Shared};
 use super::{NetError, Network};
-use crate::kernels::blocked::{First, Gated, Last, Sink};
+use crate::kernels::blocked::{First, GateWeights, Gated, Last, Sink, padding};
 use crate::kernels::winograd::{Convolve, EXTENT, TILE};
 use crate::ops::scratch::Scratch;
 use crate::parallel::{self, Threads};
@@ -19,7 +19,7 @@ use crate::simd;
 
 /// Rows of a task: whole tiles. 16 take as long, and twice the memory; 32 take longer (gray-sigma25 at
 /// 321 × 481, Zen 4, 1 and 2 threads, four interleaved rounds).
-const STEP: usize = 2 * TILE;
+const STEP: usize = 3 * TILE;
 /// Tiles of a row of a task, about: with a layer's weights, their transforms fit the second-level
 /// cache. 16 and 48 take up to a tenth longer than 24 and 32 (as above).
 const CHUNK: usize = 32;
@@ -41,7 +41,7 @@ fn chunks(width: usize, halo: usize) -> Vec<Range<usize>> {
 #[derive(Clone, Copy)]
 enum Work<'a> {
     Convolve(&'a Layer),
-    Gate(&'a Unit),
+    Gate(&'a GateWeights),
     /// The last convolution, and its sum with the image.
     Finish,
 }
@@ -57,19 +57,24 @@ impl Work<'_> {
     fn halo(&self, network: &Network) -> usize {
         match self {
             Work::Convolve(_) => 1,
-            Work::Gate(unit) => unit.weights.k / 2,
+            Work::Gate(unit) => unit.k() / 2,
             Work::Finish => network.tail.k() / 2,
         }
     }
 
-    /// Channels of what it writes into rings, and of how many rings.
-    fn outputs(&self, before: usize) -> (usize, usize) {
+    /// Columns of padding that it reads of the image's sides.
+    fn pad(&self, network: &Network) -> usize {
         match self {
-            Work::Convolve(layer) => {
-                let rectifier = layer.unit.as_ref().and_then(|unit| unit.rectifier.as_ref());
-                (layer.conv.outputs(), 1 + usize::from(rectifier.is_some()))
-            }
-            Work::Gate(_) | Work::Finish => (before, 1),
+            Work::Convolve(_) | Work::Finish => self.halo(network),
+            Work::Gate(_) => 0,
+        }
+    }
+
+    /// Channels of what it writes.
+    fn outputs(&self, before: usize) -> usize {
+        match self {
+            Work::Convolve(layer) => layer.conv.outputs(),
+            Work::Gate(_) | Work::Finish => before,
         }
     }
 }
@@ -81,24 +86,14 @@ fn kept_rows(halo: usize) -> usize {
 
 /// The bytes that a panel takes for each of its columns.
 pub(super) fn bytes_per_column(network: &Network) -> usize {
-    let (mut channels, mut rings, mut bytes) = (0, 0, 0);
+    let (mut channels, mut bytes) = (0, 0);
     for (i, work) in works(network).iter().enumerate() {
         if i > 0 {
-            bytes += rings * Ring::bytes(kept_rows(work.halo(network)), channels);
+            bytes += Ring::bytes(kept_rows(work.halo(network)), channels);
         }
-        (channels, rings) = work.outputs(channels);
+        channels = work.outputs(channels);
     }
     bytes
-}
-
-/// What a work writes for the next one to read.
-#[derive(Clone, Copy)]
-struct Between<'a> {
-    /// What the next convolution reads, or what a gate multiplies.
-    x: Shared<'a>,
-    /// What the convolution of a gate reads.
-    u: Shared<'a>,
-    rows: usize,
 }
 
 /// How far a work is in a chunk of the columns.
@@ -147,19 +142,11 @@ impl Job<'_> {
         let mut rings: Vec<_> = works
             .windows(2)
             .map(|pair| {
-                let halo = pair[1].halo(network);
-                let (outputs, count) = pair[0].outputs(channels);
-                channels = outputs;
-                let shape = [channels, height, width];
-                let ring = || Ring::new(kept_rows(halo), shape, halo, lanes);
-                (ring(), (count == 2).then(ring))
+                let (kept, pad) = (kept_rows(pair[1].halo(network)), pair[1].pad(network));
+                channels = pair[0].outputs(channels);
+                Ring::new(kept, [channels, height, width], pad, lanes)
             })
             .collect();
-        let between = rings.iter_mut().map(|(x, u)| {
-            let rows = x.rows;
-            let x = x.share();
-            Between { x, u: u.as_mut().map_or(x, Ring::share), rows }
-        });
         let halos: Vec<_> = works.iter().map(|work| work.halo(network)).collect();
         let chunks = chunks(width, halos.iter().copied().max().unwrap_or(0));
         let fronts = vec![Front::default(); works.len() * chunks.len()];
@@ -169,7 +156,7 @@ impl Job<'_> {
             image: self.image,
             shape: self.shape,
             clean: Mutex::new(&mut *self.clean),
-            between: between.collect(),
+            between: rings.iter_mut().map(Ring::share).collect(),
             halos,
             works,
             chunks,
@@ -201,7 +188,7 @@ struct Flow<'a> {
     /// Of each work.
     halos: Vec<usize>,
     /// After each work but the last.
-    between: Vec<Between<'a>>,
+    between: Vec<Shared<'a>>,
     chunks: Vec<Range<usize>>,
     state: Mutex<State>,
     /// A task is complete, or something failed.
@@ -299,7 +286,7 @@ impl<'a> Flow<'a> {
         let room = || {
             self.between.get(work).is_none_or(|between| {
                 let read = self.done_around(state, work + 1, chunk);
-                end <= read.saturating_sub(self.halos[work + 1]) + between.rows
+                end <= read.saturating_sub(self.halos[work + 1]) + between.rows()
             })
         };
         done..if !busy && ready() && room() { end } else { done }
@@ -323,11 +310,11 @@ impl Task<'_, '_> {
     }
 
     /// What the work before wrote, and what this one is to write.
-    fn before(&self) -> Between<'_> {
+    fn before(&self) -> Shared<'_> {
         self.flow.between[self.work - 1]
     }
 
-    fn after(&self) -> Between<'_> {
+    fn after(&self) -> Shared<'_> {
         self.flow.between[self.work]
     }
 
@@ -336,19 +323,10 @@ impl Task<'_, '_> {
     /// # Safety
     /// As [`Task::run`].
     unsafe fn convolve(&self, layer: &Layer) {
-        let after = self.after();
-        let (rows, columns) = (self.rows.clone(), self.columns.clone());
         // SAFETY: the caller's promise.
-        let x = unsafe { after.x.rows_mut(rows.clone(), columns.clone()) };
-        let maps = layer.unit.as_ref().and_then(|unit| unit.rectifier.as_ref());
-        // SAFETY: the caller's promise.
-        let rectified = maps.map(|maps| (unsafe { after.u.rows_mut(rows, columns) }, maps));
+        let x = unsafe { self.after().rows_mut(self.rows.clone(), self.columns.clone()) };
         let relu = layer.unit.is_none();
-        let sink = |rows: Range<usize>| Sink {
-            rows: &x[rows.clone()],
-            relu,
-            rectified: rectified.as_ref().map(|(u, maps)| (&u[rows], *maps)),
-        };
+        let sink = |rows: Range<usize>| Sink { rows: &x[rows], relu };
         let pixels = self.columns.len();
         match &layer.conv {
             Conv::Dense(weights) => {
@@ -356,9 +334,8 @@ impl Task<'_, '_> {
                 for top in (0..x.len()).step_by(TILE) {
                     let first = (self.rows.start + top) as isize - 1;
                     // SAFETY: nobody writes to these pixels of the input.
-                    let row = |y| unsafe {
-                        self.before().x.row(first + y as isize, self.columns.start, 1)
-                    };
+                    let row =
+                        |y| unsafe { self.before().row(first + y as isize, self.columns.start, 1) };
                     simd::dispatch(Convolve {
                         weights,
                         rows: std::array::from_fn::<_, EXTENT, _>(row),
@@ -410,17 +387,27 @@ impl Task<'_, '_> {
     ///
     /// # Safety
     /// As [`Task::run`].
-    unsafe fn gate(&self, unit: &Unit) {
-        let (before, weights, x) = (self.before(), &unit.weights, self.columns.start);
-        let halo = weights.k / 2;
-        let (first, last) = (self.rows.start as isize, self.rows.end as isize);
-        let (above, below) = (first - halo as isize, last + halo as isize);
+    unsafe fn gate(&self, weights: &GateWeights) {
+        let (halo, pixels) = (weights.k() / 2, self.columns.len());
+        let lanes = simd::selected_lanes::<f32>();
+        let mut scratch = Scratch::new(weights.scratch(self.rows.len(), pixels, lanes));
+        let [height, width] = [self.flow.shape[1], self.flow.panel.region.len()];
+        let (top, bottom) = padding(&self.rows, halo, height);
+        let (left, right) = padding(&self.columns, halo, width);
+        let around = self.rows.start + top - halo..self.rows.end + halo - bottom;
         // SAFETY: the caller's promise.
         unsafe {
-            let u: Vec<_> = (above..below).map(|y| before.u.row(y, x, halo)).collect();
-            let x: Vec<_> = (first..last).map(|y| before.x.row(y, x, 0)).collect();
-            let out = self.after().x.rows_mut(self.rows.clone(), self.columns.clone());
-            simd::dispatch(Gated { weights, u: &u, x: &x, pixels: self.columns.len(), out: &out });
+            let row = |y, before| self.before().row(y as isize, self.columns.start, before);
+            let out = self.after().rows_mut(self.rows.clone(), self.columns.clone());
+            simd::dispatch(Gated {
+                weights,
+                v: &around.map(|y| row(y, halo - left)).collect::<Vec<_>>(),
+                x: &self.rows.clone().map(|y| row(y, 0)).collect::<Vec<_>>(),
+                padding: [top, bottom, left, right],
+                pixels,
+                out: &out,
+                scratch: &mut scratch,
+            });
         }
     }
 
@@ -436,7 +423,7 @@ impl Task<'_, '_> {
         if columns.is_empty() {
             return;
         }
-        let (weights, sign, input) = (&network.tail, network.sign(), self.before().x);
+        let (weights, sign, input) = (&network.tail, network.sign(), self.before());
         let halo = weights.k() / 2;
         let mut out = Scratch::new(weights.outputs() * columns.len());
         for y in self.rows.clone() {

@@ -141,9 +141,7 @@ fn convolve<T: Scalar>(
         let (n, first) = (task / blocks, task % blocks * block);
         let from = Block::new(x, input, n, first, block);
         let channels = from.channels;
-        let mut of_block = Scratch::new((taps + 1) * block);
-        of_block.fill(T::ZERO);
-        let (weights, biases) = of_block.split_at_mut(taps * block);
+        let (mut weights, mut biases) = (vec![T::ZERO; taps * block], vec![T::ZERO; block]);
         for c in 0..channels {
             let of_channel = &weight[(first + c) * taps..][..taps];
             (0..taps).for_each(|i| weights[i * block + c] = of_channel[order(i)]);
@@ -152,6 +150,8 @@ fn convolve<T: Scalar>(
         let mut window = Window::new(&wide);
         let strip = window.strip(&wide);
         let mut out = Scratch::new(strip * wide.ow);
+        let taps = conv::Taps::new(weights, (kh, kw), block, oh);
+        let mut scratch = Scratch::new(taps.scratch(strip, wide.ow));
         for top in (0..oh).step_by(strip) {
             let rows = (top + strip).min(oh) - top;
             from.slide(&mut window, top..top + rows + kh - 1, input.w);
@@ -159,12 +159,11 @@ fn convolve<T: Scalar>(
             simd::dispatch(conv::Forward {
                 input: window.input(),
                 ld: window.ld,
-                weight: weights,
-                bias: biases,
+                taps: &taps,
+                bias: &biases,
                 out: &mut *out,
-                kernel: (kh, kw),
                 ow: wide.ow,
-                block,
+                scratch: &mut scratch,
                 next: &[],
             });
             // SAFETY: these channels of pixels top · ow.. of image n are inside the tensor, and this

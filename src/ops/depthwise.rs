@@ -1,7 +1,7 @@
 //! Depthwise convolution of any geometry, forward and backward.
 
 use super::phases::{self, Phases};
-use super::scratch::Window;
+use super::scratch::{Scratch, Window};
 use super::{Planes, check_depthwise, expect_len, optional_len, plane, turned};
 use crate::kernels::activation::Sums;
 use crate::kernels::conv;
@@ -105,9 +105,10 @@ enum Convolution<T> {
     /// Of stride and dilation 1.
     Dense {
         geometry: Geometry,
-        weight: Vec<T>,
+        taps: conv::Taps<T>,
         bias: T,
         window: Window<T>,
+        scratch: Scratch<T>,
     },
     General {
         taps: Vec<(usize, T)>,
@@ -119,12 +120,11 @@ enum Convolution<T> {
 impl<T: Scalar> Convolution<T> {
     fn new(geometry: &Geometry, weight: Vec<T>, bias: T) -> Self {
         if geometry.is_dense() {
-            return Self::Dense {
-                geometry: *geometry,
-                weight,
-                bias,
-                window: Window::new(geometry),
-            };
+            let Geometry { conv: Conv { kh, kw, .. }, ow, oh, .. } = *geometry;
+            let window = Window::new(geometry);
+            let taps = conv::Taps::new(weight, (kh, kw), 1, oh);
+            let scratch = Scratch::new(taps.scratch(window.strip(geometry), ow));
+            return Self::Dense { geometry: *geometry, taps, bias, window, scratch };
         }
         let plane = Phases::new(geometry);
         Self::General { taps: plane.offsets().zip(weight).collect(), bias, plane }
@@ -132,8 +132,10 @@ impl<T: Scalar> Convolution<T> {
 
     /// Writes the convolution of `x` to `out`; `next` is the plane of the next call.
     fn run(&mut self, x: &[T], next: &[T], out: &mut [T]) {
-        let (geometry, weight, bias, window) = match self {
-            Self::Dense { geometry, weight, bias, window } => (&*geometry, &*weight, *bias, window),
+        let (geometry, taps, bias, window, scratch) = match self {
+            Self::Dense { geometry, taps, bias, window, scratch } => {
+                (&*geometry, &*taps, *bias, window, scratch)
+            }
             Self::General { taps, bias, plane } => {
                 plane.fill(x);
                 return plane.forward(taps, *bias, out);
@@ -151,19 +153,8 @@ impl<T: Scalar> Convolution<T> {
             } else {
                 window.ahead(0..strip + conv.kh - 1, next)
             };
-            let (input, ld, kernel) = (window.input(), window.ld, (conv.kh, conv.kw));
-            let bias = &[bias];
-            simd::dispatch(conv::Forward {
-                input,
-                ld,
-                weight,
-                bias,
-                out,
-                kernel,
-                ow,
-                block: 1,
-                next,
-            });
+            let (input, ld, bias) = (window.input(), window.ld, &[bias]);
+            simd::dispatch(conv::Forward { input, ld, taps, bias, out, ow, scratch, next });
         }
     }
 }

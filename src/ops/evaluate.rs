@@ -7,22 +7,15 @@ use super::scratch::Scratch;
 use super::xunit::{Channel, POINTWISE_WORK, Variant, XUnit, check};
 use super::{Planes, expect_len};
 use crate::kernels::activation::Affine;
-use crate::kernels::blocked::{GateWeights, Gated, Gather, Maps, Mix, MixWeights, Row, RowMut};
+use crate::kernels::blocked::{GateWeights, Gated, Maps, Mix, MixWeights, Row, RowMut, padding};
 use crate::memory::Aligned;
 use crate::parallel::{self, Threads};
 use crate::shape::{Batch, ShapeError, shape_error};
 use crate::simd;
 
 /// Rows and columns of a task: with what is around it, k = 9 and 64 channels, 640 KB of x.
-const ROWS: usize = 16;
+const ROWS: usize = 24;
 const COLUMNS: usize = 96;
-
-/// The constants of a block of channels.
-struct Block {
-    weights: GateWeights,
-    /// Centre, scale and shift ahead of the ReLU, of an xUnit.
-    rectifier: Option<[Vec<f32>; 3]>,
-}
 
 /// What a channel's bias becomes in a convolution that `norm` is folded into.
 fn folded_bias(bias: Option<&[f32]>, c: usize, norm: Affine<f32>) -> f32 {
@@ -31,28 +24,27 @@ fn folded_bias(bias: Option<&[f32]>, c: usize, norm: Affine<f32>) -> f32 {
     (scale * (own - centre) + shift) as f32
 }
 
-impl Block {
-    /// Channels from `first` on. Batch norm 2 is folded into the taps, which it follows.
-    fn new(unit: &XUnit<'_, f32>, first: usize, lanes: usize) -> Self {
-        let taps = unit.kernel * unit.kernel;
-        let mut folded = vec![0.0; taps * lanes];
-        let mut bias = Vec::new();
-        let mut rectifier = [const { Vec::new() }; 3];
-        for (lane, c) in (first..first + lanes).enumerate() {
-            let norm = Channel::given(unit.norm2.as_ref(), c).affine;
-            for (tap, &weight) in unit.weight[c * taps..][..taps].iter().enumerate() {
-                folded[tap * lanes + lane] = norm.scale * weight;
-            }
-            bias.push(folded_bias(unit.bias, c, norm));
-            let norm = Channel::given(unit.norm1.as_ref(), c).affine;
-            for (list, value) in rectifier.iter_mut().zip([norm.centre, norm.scale, norm.shift]) {
-                list.push(value);
-            }
+/// The constants of a block of channels, from `first` on. Batch norm 2 is folded into the taps, which
+/// it follows.
+fn block(unit: &XUnit<'_, f32>, first: usize, lanes: usize) -> GateWeights {
+    let taps = unit.kernel * unit.kernel;
+    let mut folded = vec![0.0; taps * lanes];
+    let mut bias = Vec::new();
+    let mut rectifier = Maps { centre: Vec::new(), scale: Vec::new(), shift: Vec::new() };
+    for (lane, c) in (first..first + lanes).enumerate() {
+        let norm = Channel::given(unit.norm2.as_ref(), c).affine;
+        for (tap, &weight) in unit.weight[c * taps..][..taps].iter().enumerate() {
+            folded[tap * lanes + lane] = norm.scale * weight;
         }
-        let after = Maps { scale: vec![1.0; lanes], shift: vec![0.0; lanes] };
-        let weights = GateWeights { gate: unit.gate, k: unit.kernel, taps: folded, bias, after };
-        Self { weights, rectifier: (unit.variant == Variant::Full).then_some(rectifier) }
+        bias.push(folded_bias(unit.bias, c, norm));
+        let norm = Channel::given(unit.norm1.as_ref(), c).affine;
+        rectifier.centre.push(norm.centre);
+        rectifier.scale.push(norm.scale);
+        rectifier.shift.push(norm.shift);
     }
+    let rectifier = (unit.variant == Variant::Full).then_some(rectifier);
+    let after = Maps { centre: vec![0.0; lanes], scale: vec![1.0; lanes], shift: vec![0.0; lanes] };
+    GateWeights::new((unit.gate, unit.kernel), folded, bias, rectifier, after, lanes)
 }
 
 /// Pixels of a task of the convolution 1 × 1.
@@ -112,53 +104,44 @@ pub fn xunit_evaluate_channels_last(
     let threads = threads.for_work(batch.size() * (unit.kernel * unit.kernel + POINTWISE_WORK));
     let mixed = unit.pointwise.as_ref().map(|own| pointwise(unit, own, x, c, threads));
     let source = mixed.as_deref().unwrap_or(x);
-    let blocks: Vec<_> = (0..c).step_by(lanes).map(|c| Block::new(unit, c, lanes)).collect();
-    let (k, halo) = (unit.kernel, unit.kernel / 2);
+    let blocks: Vec<_> =
+        (0..c).step_by(lanes).map(|c| block(unit, c, lanes).filtered(lanes)).collect();
+    let halo = unit.kernel / 2;
     let (bands, chunks) = (h.div_ceil(ROWS), w.div_ceil(COLUMNS));
     let planes = Planes::new(out, batch);
     parallel::for_each(threads, images * bands * chunks, |task| {
         let (n, band, chunk) = (task / chunks / bands, task / chunks % bands, task % chunks);
-        let (rows, columns) = (
-            h * band / bands..h * (band + 1) / bands,
-            w * chunk / chunks..w * (chunk + 1) / chunks,
-        );
-        let ld = (columns.len() + k - 1) * lanes;
-        // Padding stays zero: all blocks have it in the same place.
-        let mut u = Scratch::new((rows.len() + k - 1) * ld);
-        u.fill(0.0);
-        let left = halo.saturating_sub(columns.start);
-        let (start, end) = (columns.start + left - halo, (columns.end + halo).min(w));
-        let at = |y: usize, x: usize| ((n * h + y) * w + x) * c;
-        for (i, block) in blocks.iter().enumerate() {
-            for (row, u) in u.chunks_exact_mut(ld).enumerate() {
-                let y = (rows.start + row).wrapping_sub(halo);
-                if y < h {
-                    simd::dispatch(Gather {
-                        x: &source[at(y, start) + i * lanes..],
-                        step: c,
-                        rectifier: block
-                            .rectifier
-                            .as_ref()
-                            .map(|maps| maps.each_ref().map(|m| &m[..])),
-                        out: &mut u[left * lanes..][..(end - start) * lanes],
-                    });
-                }
-            }
-            let of_x = |y| Row::new(&x[at(y, columns.start) + i * lanes..], 0, c);
+        let (rows, columns) =
+            (band * ROWS..h.min((band + 1) * ROWS), w * chunk / chunks..w * (chunk + 1) / chunks);
+        let (top, bottom) = padding(&rows, halo, h);
+        let (left, right) = padding(&columns, halo, w);
+        let first = columns.start + left - halo;
+        let scratch = blocks[0].scratch(rows.len(), columns.len(), lanes);
+        let mut scratch = Scratch::new(scratch);
+        for (i, weights) in blocks.iter().enumerate() {
+            let at = |y, column| ((n * h + y) * w + column) * c + i * lanes;
             let of_out = |y| {
-                let first = (y * w + columns.start) * c + i * lanes;
+                let start = (y * w + columns.start) * c + i * lanes;
                 let len = (columns.len() - 1) * c + lanes;
                 // SAFETY: these channels of these pixels are inside image n, and this task alone
                 // writes them.
-                unsafe { RowMut::from_raw(planes.image(n).add(first), len, 0, c) }
+                unsafe { RowMut::from_raw(planes.image(n).add(start), len, 0, c) }
             };
-            simd::dispatch(Gated {
-                weights: &block.weights,
-                u: &u.chunks_exact(ld).map(|u| Row::new(u, 0, lanes)).collect::<Vec<_>>(),
-                x: &rows.clone().map(of_x).collect::<Vec<_>>(),
-                pixels: columns.len(),
-                out: &rows.clone().map(of_out).collect::<Vec<_>>(),
-            });
+            let around = rows.start + top - halo..rows.end + halo - bottom;
+            let v: Vec<_> = around.map(|y| Row::new(&source[at(y, first)..], 0, c)).collect();
+            let x: Vec<_> =
+                rows.clone().map(|y| Row::new(&x[at(y, columns.start)..], 0, c)).collect();
+            let (out, padding) =
+                (rows.clone().map(of_out).collect::<Vec<_>>(), [top, bottom, left, right]);
+            let (pixels, out) = (columns.len(), &out[..]);
+            let gated = |weights, scratch: &mut [f32]| {
+                simd::dispatch(Gated { weights, v: &v, x: &x, padding, pixels, out, scratch })
+            };
+            if !gated(weights, &mut scratch) {
+                // Infinities and NaNs where they should be.
+                let weights = block(unit, i * lanes, lanes);
+                gated(&weights, &mut Scratch::new(weights.scratch(rows.len(), pixels, lanes)));
+            }
         }
     });
     Ok(())

@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
 
 use crate::kernels::activation::{Affine, Fill};
-use crate::kernels::{MAX_LANES, conv};
+use crate::kernels::{MAX_LANES, conv, minimal};
 use crate::memory::{self, Line};
 use crate::shape::Geometry;
 use crate::simd::{self, Scalar};
@@ -184,7 +184,8 @@ impl<T: Scalar> Window<T> {
 fn strip_rows(geometry: &Geometry, ld: usize, size: usize) -> usize {
     let (oh, kh) = (geometry.oh, geometry.conv.kh);
     let most = (STRIP_BYTES / (ld * size)).saturating_sub(kh - 1).max(kh).max(16);
-    oh.div_ceil(oh.div_ceil(most))
+    // Whole tiles of minimal filtering.
+    oh.div_ceil(oh.div_ceil(most)).next_multiple_of(minimal::TILE).min(oh)
 }
 
 #[cfg(test)]

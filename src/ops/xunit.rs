@@ -335,7 +335,7 @@ impl<T: Scalar> Forward<'_, T> {
             norm => Channel::given(norm.as_ref(), c),
         };
         let relu_of = (unit.variant != Variant::Slim).then_some(first.affine);
-        let weight = &unit.weight[c * taps..][..taps];
+        let weight = conv::Taps::new(unit.weight[c * taps..][..taps].to_vec(), (k, k), 1, batch.h);
         let bias = unit.bias.map_or(T::ZERO, |bias| bias[c]);
         let given = (!waits).then(|| Channel::given(unit.norm2.as_ref(), c));
         let gate = |x: &[T], d: &[T], channel: &Channel<T>, out: &mut [T]| {
@@ -344,7 +344,8 @@ impl<T: Scalar> Forward<'_, T> {
         let mut window = Window::new(geometry);
         let strip = window.strip(geometry);
         let keeps = waits || d.is_some();
-        let mut scratch = Scratch::new(if keeps { 0 } else { strip * batch.w });
+        let mut of_strip = Scratch::new(if keeps { 0 } else { strip * batch.w });
+        let mut scratch = Scratch::new(weight.scratch(strip, batch.w));
         let mut statistics = Statistics::default();
         for n in 0..batch.n {
             let (x, u) = (x.plane(n, c), u.plane(n, c));
@@ -359,18 +360,17 @@ impl<T: Scalar> Forward<'_, T> {
                     Some(planes) => (&mut unsafe { planes.plane(n, c) }[pixels.clone()], Some(out)),
                     // Where d is not kept but its statistics are awaited, it waits in the output.
                     None if waits => (out, None),
-                    None => (&mut scratch[..pixels.len()], Some(out)),
+                    None => (&mut of_strip[..pixels.len()], Some(out)),
                 };
                 let next = window.ahead(end..(end + strip).min(batch.h) + k - 1, u);
                 simd::dispatch(conv::Forward {
                     input: window.input(),
                     ld: window.ld,
-                    weight,
+                    taps: &weight,
                     bias: &[bias],
                     out: &mut *d,
-                    kernel: (k, k),
                     ow: batch.w,
-                    block: 1,
+                    scratch: &mut scratch,
                     next: if end < batch.h { next } else { &[] },
                 });
                 match (given, out) {
@@ -525,6 +525,7 @@ impl<T: Scalar> Backward<'_, T> {
         let first = Channel::given(unit.norm1.as_ref(), c);
         let second = Channel::given(unit.norm2.as_ref(), c);
         let weight = turned(&unit.weight[c * taps..][..taps]);
+        let weight = conv::Taps::new(weight, (k, k), 1, batch.h);
         // The gradient on its way back to u: in gp (dense), else here, of one image or of all.
         let images = match (gp, waits1 || waits2) {
             (Some(_), _) => 0,
@@ -574,6 +575,7 @@ impl<T: Scalar> Backward<'_, T> {
         let mut input = Window::new(geometry);
         let mut output = Window::new(geometry);
         let (ld, strip) = (input.ld, input.strip(geometry));
+        let mut tiles = Scratch::new(weight.scratch(strip, batch.w));
         for n in 0..batch.n {
             if !waits2 {
                 gate_gradient(n, sum);
@@ -611,12 +613,11 @@ impl<T: Scalar> Backward<'_, T> {
                 simd::dispatch(conv::Forward {
                     input: output.input(),
                     ld,
-                    weight: &weight,
+                    taps: &weight,
                     bias: &[T::ZERO],
                     out: &mut *gu,
-                    kernel: (k, k),
                     ow: batch.w,
-                    block: 1,
+                    scratch: &mut tiles,
                     next: &[],
                 });
                 if relu_of.is_some() {
