@@ -7,6 +7,7 @@
 
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::layers::{Conv, Layer};
 use super::rings::{Ring, Shared};
@@ -23,8 +24,8 @@ const STEP: usize = 3 * TILE;
 /// Tiles of a row of a task, about: with a layer's weights, their transforms fit the second-level
 /// cache. 16 and 48 take up to a tenth longer than 24 and 32 (as above).
 const CHUNK: usize = 32;
-/// Rows between two questions whether to go on.
-const BURST: usize = 64;
+/// From one question whether to go on to the next.
+const PAUSE: Duration = Duration::from_millis(100);
 /// More than there are threads.
 const WORKERS: usize = 1024;
 
@@ -108,8 +109,8 @@ struct Front {
 struct State {
     /// (works, chunks)
     fronts: Vec<Front>,
-    /// Rows of the result after which to pause.
-    until: usize,
+    /// When to take no more tasks, and pause.
+    until: Instant,
     failed: bool,
 }
 
@@ -160,10 +161,11 @@ impl Job<'_> {
             halos,
             works,
             chunks,
-            state: Mutex::new(State { fronts, until: BURST, failed: false }),
+            state: Mutex::new(State { fronts, until: Instant::now(), failed: false }),
             news: Condvar::new(),
         };
         loop {
+            flow.state().until = Instant::now() + PAUSE;
             parallel::for_each(self.threads, WORKERS, |_| flow.work());
             let done = flow.done(&flow.state());
             if !goes_on(done) {
@@ -172,7 +174,6 @@ impl Job<'_> {
             if done == height {
                 return Ok(());
             }
-            flow.state().until = done + BURST;
         }
     }
 }
@@ -257,7 +258,7 @@ impl<'a> Flow<'a> {
 
     /// A task that can be worked on, as late in the network as there is one.
     fn take(&self, state: &mut State) -> Option<Task<'_, 'a>> {
-        if self.done(state) >= state.until.min(self.shape[1]) {
+        if Instant::now() >= state.until {
             return None;
         }
         for work in (0..self.works.len()).rev() {
