@@ -331,6 +331,8 @@ def _blocks(gr: Any, page: Page) -> Any:
             if os.environ.get("XUNIT_DEBUG", "0") != "0":
                 traceback.print_exc()
             text = "out of memory" if isinstance(error, MemoryError) else str(error)
+            if isinstance(error, images.TooLargeError):
+                text += "; `xunit-rs denoise --max-megapixels N` takes larger ones"
             return None, _error(Path(path).name, text or type(error).__name__), none, folders
         label = f"{_DOWNLOAD} ({result.kind})"
         button = gr.DownloadButton(label, value=str(result.file), interactive=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import stat
+import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Literal, overload
 
@@ -22,6 +24,7 @@ __all__ = [
     "MODES",
     "DeepImage",
     "ImageError",
+    "TooLargeError",
     "check_target",
     "encode",
     "encoding",
@@ -30,6 +33,7 @@ __all__ = [
     "output_format",
     "pixels",
     "read",
+    "size_limit",
     "stripped",
     "tiff_exif",
     "write",
@@ -99,6 +103,10 @@ _TIFF_STRUCTURE = frozenset(
 
 class ImageError(ValueError):
     """An image file that cannot be read or written; the message names the file and the reason."""
+
+
+class TooLargeError(ImageError):
+    """An image file of more than twice `PIL.Image.MAX_IMAGE_PIXELS`."""
 
 
 def is_image_name(path: str | os.PathLike[str]) -> bool:
@@ -192,8 +200,8 @@ def read(
     applied, and not kept). Warns of what is not delivered: 16 bits that come as 8, channels of
     TIFF beyond colour and alpha, and frames after the first.
 
-    Raises ImageError (not an image, truncated, a directory, too large, unreadable, animated, or of
-    a depth that needs `deep`) and FileNotFoundError.
+    Raises ImageError (not an image, truncated, a directory, unreadable, animated, or of a depth
+    that needs `deep`), TooLargeError and FileNotFoundError.
     """
     source = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
     if name is None:
@@ -209,8 +217,8 @@ def read(
             head = file.read(4)
         if head in _TIFF_HEADS:
             return _read_tiff(source, name, deep)
-        reason = "not an image in a format that Pillow knows" if head else "the file is empty"
-        raise ImageError(f"{name}: {reason}") from None
+        reason = "not an image of a known format (PNG, JPEG, TIFF, WebP, ...)"
+        raise ImageError(f"{name}: {reason if head else 'the file is empty'}") from None
     except Image.DecompressionBombError:
         raise _too_large(name) from None
     except MemoryError:
@@ -261,12 +269,16 @@ def read(
         return image
 
 
-def _too_large(name: str) -> ImageError:
-    limit = f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels"
-    return ImageError(
-        f"{name}: too large: {limit}, which PIL.Image.MAX_IMAGE_PIXELS sets against "
-        "decompression bombs"
+def _too_large(name: str) -> TooLargeError:
+    return TooLargeError(
+        f"{name}: too large: more than {size_limit():.4g} megapixels, twice "
+        "PIL.Image.MAX_IMAGE_PIXELS, which is set against decompression bombs"
     )
+
+
+def size_limit() -> float:
+    """The megapixels beyond which Pillow refuses an image."""
+    return 2 * (Image.MAX_IMAGE_PIXELS or np.inf) / 1e6
 
 
 def _tag(image: Image.Image, tag: int, default: Any) -> Any:
@@ -548,7 +560,38 @@ def _save(image: Image.Image | DeepImage, file: IO[bytes], file_format: str, nam
             span = f"{pixels.min()}..{pixels.max()}"
             raise ImageError(f"{name}: PNG cannot store values {span}; try .tif")
         image = Image.fromarray(pixels.astype(np.uint16))
+    if file_format == "WEBP":
+        file.write(_aside(lambda: _webp(image, options)))
+        return
     image.save(file, format=file_format, **options)
+
+
+def _webp(image: Image.Image, options: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format="WEBP", **options)
+    return file.getvalue()
+
+
+def _aside(work: Callable[[], bytes]) -> bytes:
+    """What `work` returns, from a thread: Ctrl-C does not wait for a call into C that takes long.
+
+    libwebp takes 2 to 4 seconds for 12 megapixels. Other encoders write part by part.
+    """
+    results: list[bytes] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def _options(info: dict[Any, Any], file_format: str, name: str) -> dict[str, Any]:
