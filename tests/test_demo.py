@@ -295,7 +295,11 @@ def test_results_do_not_pile_up(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("notes.png", "not an image"), ("broken.jpg", "truncated"), ("huge.png", "too large")],
+    [
+        ("notes.png", "not an image"),
+        ("broken.jpg", "truncated"),
+        ("huge.png", "too large: more than 179 megapixels; `xunit-rs denoise --max-megapixels N`"),
+    ],
 )
 def test_bad_files_are_answered(client: Any, tmp_path: Path, name: str, text: str) -> None:
     from gradio_client import handle_file

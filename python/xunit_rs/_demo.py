@@ -332,7 +332,9 @@ def _blocks(gr: Any, page: Page) -> Any:
                 traceback.print_exc()
             text = "out of memory" if isinstance(error, MemoryError) else str(error)
             if isinstance(error, images.TooLargeError):
-                text += "; `xunit-rs denoise --max-megapixels N` takes larger ones"
+                limit = f"{images.size_limit():.4g} megapixels"
+                more = "`xunit-rs denoise --max-megapixels N` takes larger ones"
+                text = f"too large: more than {limit}; {more}"
             return None, _error(Path(path).name, text or type(error).__name__), none, folders
         label = f"{_DOWNLOAD} ({result.kind})"
         button = gr.DownloadButton(label, value=str(result.file), interactive=True)
