@@ -433,6 +433,23 @@ def test_the_model_suits_the_noise(
     assert capsys.readouterr() == ("", "")
 
 
+def test_the_model_suits_colours_at_half_size(
+    fake_model: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = 25 * np.random.default_rng(0).standard_normal((64, 64, 3))
+    image = Image.fromarray(np.rint(128 + noise).clip(0, 255).astype(np.uint8))
+    image.save("halved.jpg", subsampling=2)
+    image.save("whole.jpg", subsampling=0)
+    image.convert("L").convert("RGB").save("grey.jpg", subsampling=2)
+    for more in ((), ("--strip",), ("--sigma", "auto"), ("--sigma", "20")):
+        for name, model in (("halved", "gray-blind"), ("whole", "color-blind")):
+            assert denoise(f"{name}.jpg", "--overwrite", *more) == 0
+            assert fake_model.pop() == model, (name, more)
+    assert denoise("grey.jpg") == 0
+    assert fake_model == ["gray-blind"]
+    assert "sigma 20.0 given, model gray-blind\n" in capsys.readouterr().err
+
+
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     save("in/a.png")
     Path("in/b.png").write_text("broken")

@@ -149,6 +149,19 @@ def test_webp_without_loss_stays_without_loss(tmp_path: Path) -> None:
         assert "lossless" not in images.read(tmp_path / f"{name}.webp").info
 
 
+def test_how_colours_are_held_is_told(tmp_path: Path) -> None:
+    image = pixels("RGB", 32, 32)
+    for number in (0, 1, 2):
+        image.save(tmp_path / "a.jpg", subsampling=number)
+        found = images.read(tmp_path / "a.jpg")
+        assert found.info["subsampling"] == images.stripped(found).info["subsampling"] == number
+    image.save(tmp_path / "a.webp")
+    assert images.read(tmp_path / "a.webp").info["subsampling"] == 2
+    for name, options in (("b.webp", {"lossless": True}), ("b.png", {})):
+        image.save(tmp_path / name, **options)
+        assert "subsampling" not in images.read(tmp_path / name).info
+
+
 def test_an_encoder_of_one_long_call_is_interrupted() -> None:
     end = threading.Event()
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()

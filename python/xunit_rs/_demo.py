@@ -79,7 +79,7 @@ class Page:
     ) -> Result:
         """Denoise an image file, in its own format and bit depth, metadata kept.
 
-        model: "auto", which is by `noise.nearest_model`, or the name of a network of the package.
+        model: "auto", which is by `noise.model_for`, or the name of a network of the package.
         strength: 0 to 1, as for `Denoiser`.
 
         Raises what `images.read`, `Denoiser` and `images.encode` raise.
@@ -98,8 +98,7 @@ class Page:
             sigma = _sigma(image)
             remark = "as you chose"
             if model == AUTO:
-                channels = 1 if noise.is_grey(image) else 3
-                model, levels = noise.nearest_model(sigma or 0.0, channels)
+                model, levels = noise.model_for(image, sigma or 0.0)
                 low, high = (f"{level:g}" for level in levels)
                 remark = f"auto: made for σ {low}" + (f" to {high}" if high != low else "")
             network = _Remembering(model, self._results)

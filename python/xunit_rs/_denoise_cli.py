@@ -23,13 +23,9 @@ from ._files import remove_leftovers
 from ._plan import PIPE, Job, plan, remaining
 from ._terminal import Bar, Refused, fail, natural, note, reason
 from .denoise import Denoiser, _sheet_of_images, pretrained_names
-from .noise import estimate_sigma, is_grey, nearest_model
+from .noise import BLIND, estimate_sigma, halves_colours, is_grey, model_for
 
 __all__ = ["add_arguments", "run"]
-
-# What runs where neither model nor noise is named: the noise of a photo is not known.
-_GREY_MODEL = "gray-blind"
-_COLOUR_MODEL = "color-blind"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="NAME|PATH",
         help=f"{', '.join(pretrained_names()) or 'none shipped'}, or a .safetensors file "
-        f"(default: {_GREY_MODEL} for grey images, {_COLOUR_MODEL} for colour)",
+        f"(default: {BLIND[1]} for grey images, {BLIND[3]} for colour, but {BLIND[1]} for that of "
+        "noisy JPEG and WebP files at half the width and height, 4:2:0)",
     )
     models.add_argument(
         "--sigma",
@@ -359,13 +356,14 @@ def _choose(
     """The network for an image and the noise it was chosen by."""
     if args.model is not None:
         return args.model, None
-    grey = is_grey(image)
     sigma = args.sigma
-    if sigma == "auto":
+    if sigma == "auto" or (sigma is None and halves_colours(image) and not is_grey(image)):
         sigma = estimate_sigma(image) if min(image.size) >= 3 else None
     if sigma is None:
-        return _GREY_MODEL if grey else _COLOUR_MODEL, None
-    model, (low, high) = nearest_model(sigma, 1 if grey else 3)
+        return BLIND[1 if is_grey(image) else 3], None
+    model, (low, high) = model_for(image, sigma)
+    if args.sigma is None:
+        return model, None
     if not args.quiet:
         how = "estimated" if args.sigma == "auto" else "given"
         known = "" if sigma <= high or low == high else f", trained for {low:g}-{high:g} only"

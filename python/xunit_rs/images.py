@@ -13,7 +13,7 @@ from typing import IO, Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from . import _deep
@@ -21,6 +21,7 @@ from ._deep import DeepImage
 from ._files import replacing
 
 __all__ = [
+    "HALVED",
     "MODES",
     "DeepImage",
     "ImageError",
@@ -59,7 +60,7 @@ _FORMATS = {
 }
 SUFFIXES = frozenset({*_FORMATS, ".gif"})
 
-_COMPRESSION = frozenset({"compression", "lossless"})
+_COMPRESSION = frozenset({"compression", "lossless", "subsampling"})
 _CARRIED = ("exif", "icc_profile", "dpi")
 _FORMAT_MODES = {
     "JPEG": frozenset({"L", "RGB"}),
@@ -68,6 +69,7 @@ _FORMAT_MODES = {
     "PNG": frozenset({"L", "LA", "RGB", "RGBA", "I;16", "I;16B", "I"}),
     "PPM": frozenset({"L", "RGB", "I;16", "I", "F"}),
 }
+HALVED = 2  # Pillow's number for 4:2:0, which WebP always has
 _LARGEST = {"JPEG": 65_500, "WEBP": 16_383}  # pixels of a side: libjpeg's and libwebp's limits
 _ANIMATED = frozenset({"GIF", "WEBP", "PNG"})  # more frames of others are pages and previews
 # Nearly transparent compression: the noise is gone, so the file is small all the same.
@@ -196,6 +198,8 @@ def read(
     deep: whether PNG and TIFF files of a depth that Pillow has no mode for (16-bit colour, float
         colour, float16 and float64, 16-bit grey with alpha) give a `DeepImage`.
 
+    `info["subsampling"]` tells how JPEG and WebP files hold colours, by Pillow's numbers.
+
     Pixels stay as stored: an EXIF orientation is kept as metadata, not applied (but that of TIFF is
     applied, and not kept). Warns of what is not delivered: 16 bits that come as 8, channels of
     TIFF beyond colour and alpha, and frames after the first.
@@ -252,8 +256,11 @@ def read(
             kind = "grey with alpha" if grey else "colour"
             warnings.warn(f"{name}: 16-bit {kind} is read as 8-bit", stacklevel=2)
         more: dict[str, Any] = tiff_exif(opened, name)
-        if opened.format == "WEBP" and _is_lossless_webp(source):
-            more["lossless"] = True
+        if opened.format == "WEBP":
+            lossless = _is_lossless_webp(source)
+            more |= {"lossless": True} if lossless else {"subsampling": HALVED}
+        elif opened.format in ("JPEG", "MPO"):
+            more["subsampling"] = JpegImagePlugin.get_sampling(opened)
         image = load(opened, name)
         info = image.info | more
         if grey:
