@@ -207,10 +207,8 @@ def _load_pickle(path: Path) -> Checkpoint:
         raise
     except Exception as error:  # the unpickler meets bad bytes in as many ways as Python has errors
         # Not in torch's words, which tell programmers how to load it all the same.
-        raise CheckpointError(
-            f"{path}: not a PyTorch file of plain tensors: damaged, of another kind, or able to run "
-            "code"
-        ) from error
+        why = "damaged, of another kind, or able to run code"
+        raise CheckpointError(f"{path}: not a PyTorch file of plain tensors: {why}") from error
     for key in _WRAPPERS:
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
             data = data[key]
