@@ -81,8 +81,7 @@ def test_the_file_is_that_of_the_denoiser(
     done = page.denoise(source, model, 0.7)
     assert (done.file.name, done.kind) == (result, described)
     if model == "auto":
-        channels = 3 if kind[:3] == "RGB" or kind == "P" else 1
-        model, _ = noise.nearest_model(noise.estimate_sigma(source), channels)
+        model, _ = noise.model_for(images.read(source, deep=True), noise.estimate_sigma(source))
     assert done.model == model
     image = images.read(source, deep=True)
     clean = Denoiser.from_pretrained(model, strength=0.7)(image)
@@ -295,7 +294,11 @@ def test_results_do_not_pile_up(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("notes.png", "not an image"), ("broken.jpg", "truncated"), ("huge.png", "too large")],
+    [
+        ("notes.png", "not an image"),
+        ("broken.jpg", "truncated"),
+        ("huge.png", "too large: more than 179 megapixels; `xunit-rs denoise --max-megapixels N`"),
+    ],
 )
 def test_bad_files_are_answered(client: Any, tmp_path: Path, name: str, text: str) -> None:
     from gradio_client import handle_file

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from xunit_rs import denoise, images
+from xunit_rs import _compare, denoise, images
 from xunit_rs.denoise import DEFAULT_MODEL, Denoiser, find_weights, pretrained_names
 
 RNG = np.random.default_rng(0)
@@ -533,6 +534,18 @@ def test_compare_turns_photos_upright() -> None:
     deep = images.DeepImage(np.asarray(photo).astype(np.uint16) * 257, dict(photo.info))
     difference = np.asarray(denoiser.compare(deep)).astype(int) - upright
     assert np.abs(difference[48:]).max() < 2
+
+
+def test_compare_of_a_large_image_takes_little_memory() -> None:
+    noisy, clean = RNG.random((2000, 2000), np.float32), RNG.random((2000, 2000), np.float32)
+    tracemalloc.start()
+    shown = _compare.sheet(noisy, clean, 1.0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * noisy.nbytes
+    assert float(shown.info["rms"]) == pytest.approx(
+        255 * np.sqrt(np.square(clean - noisy).mean()), abs=0.05
+    )
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "float32", "float64"])

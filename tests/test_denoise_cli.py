@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xunit_rs import _terminal, cli, images
+from xunit_rs import _files, _terminal, cli, images
 from xunit_rs.denoise import Denoiser
 
 
@@ -298,7 +298,7 @@ def test_what_fails_is_named_and_the_rest_is_done(capsys: pytest.CaptureFixture[
     assert err.replace(os.sep, "/").splitlines() == [
         "xunit-rs: error: none.png: no such file or folder",
         "xunit-rs: error: empty: no images in this folder",
-        "xunit-rs: error: in/b.png: not an image in a format that Pillow knows",
+        "xunit-rs: error: in/b.png: not an image of a known format (PNG, JPEG, TIFF, WebP, ...)",
         "xunit-rs: error: in/c.png: no such file",
         "xunit-rs: 4 failed, 2 done",
     ]
@@ -379,6 +379,7 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     for args in (
         ("--tile", "-1"),
         ("--threads", "x"),
+        ("--max-megapixels", "-1"),
         ("--strength", "1.5"),
         ("--strength", "nan"),
         ("--sigma", "much"),
@@ -430,6 +431,23 @@ def test_the_model_suits_the_noise(
     assert "sigma 90.0 given, model gray-blind, trained for 0-55 only" in capsys.readouterr().err
     assert denoise("in.png", "--sigma", "auto", "--overwrite", "-q") == 0
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_model_suits_colours_at_half_size(
+    fake_model: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = 25 * np.random.default_rng(0).standard_normal((64, 64, 3))
+    image = Image.fromarray(np.rint(128 + noise).clip(0, 255).astype(np.uint8))
+    image.save("halved.jpg", subsampling=2)
+    image.save("whole.jpg", subsampling=0)
+    image.convert("L").convert("RGB").save("grey.jpg", subsampling=2)
+    for more in ((), ("--strip",), ("--sigma", "auto"), ("--sigma", "20")):
+        for name, model in (("halved", "gray-blind"), ("whole", "color-blind")):
+            assert denoise(f"{name}.jpg", "--overwrite", *more) == 0
+            assert fake_model.pop() == model, (name, more)
+    assert denoise("grey.jpg") == 0
+    assert fake_model == ["gray-blind"]
+    assert "sigma 20.0 given, model gray-blind\n" in capsys.readouterr().err
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -501,6 +519,21 @@ def test_compare() -> None:
     save("b.png")
     assert denoise("a.jpg", "b.png", "-o", "out", "--compare", "look/") == 0
     assert files("look") == ["a.jpg.png", "b.png"]
+
+
+def test_the_largest_image_that_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500_000)
+    Image.new("1", (1200, 1000)).save("a.png")
+    for more in ((), ("--max-megapixels", "1")):
+        assert denoise("a.png", *more) == 1
+        error = one_line(capsys.readouterr().err)
+        assert "a.png: too large: more than 1 megapixels" in error and "--max-megapixels N" in error
+    assert files(".") == ["a.png"]
+    for limit in ("2", "0"):
+        assert denoise("a.png", "--max-megapixels", limit, "--overwrite") == 0
+        assert Image.MAX_IMAGE_PIXELS == 500_000
 
 
 def test_broken_weights_are_a_failure(
@@ -656,7 +689,7 @@ def photos(count: int, size: int) -> None:
         Image.fromarray(rng.integers(0, 256, (size, size), np.uint8)).save(f"in/{i}.png")
 
 
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_batch_that_is_cut_off_goes_on(name: str) -> None:
     photos(8, 200)
     command_ = [sys.executable, "-m", "xunit_rs", "denoise", "in", "-o", "out"]
@@ -669,19 +702,43 @@ def test_a_batch_that_is_cut_off_goes_on(name: str) -> None:
     whole = [path for path in files("out") if path.endswith(".png")]
     assert 2 <= len(whole) < 8
     rest = set(files("out")) - set(whole)
-    if name == "SIGINT":
-        assert process.returncode == 130 and not rest
-        assert f"interrupted, {len(whole)} of 8 images done; --skip" in one_line(err)
-    else:
+    if name == "SIGKILL":
         assert process.returncode == -signal.SIGKILL
         assert all(path.endswith(".tmp") for path in rest)
+        Path("out/.xunit-rs-0123456789abcdef.tmp").write_text("half an image")
+    else:
+        how = "interrupted" if name == "SIGINT" else "terminated"
+        assert process.returncode == 128 + getattr(signal, name) and not rest
+        assert f"{how}, {len(whole)} of 8 images done; --skip" in one_line(err)
     before = {path: os.stat(f"out/{path}").st_mtime_ns for path in whole}
     done = command("in", "-o", "out", "--skip-existing")
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 8 - len(whole)
     assert {path: os.stat(f"out/{path}").st_mtime_ns for path in whole} == before
+    assert files("out") == [f"{i}.png" for i in range(8)]
+    assert (b"of a run that was killed" in done.stderr) == (name == "SIGKILL")
     assert command("in", "-o", "again").returncode == 0
     for i in range(8):
         assert Path(f"out/{i}.png").read_bytes() == Path(f"again/{i}.png").read_bytes()
+
+
+def test_what_others_are_writing_stays() -> None:
+    save("in/a.png")
+    kept = (".xunit-rs-1.tmp", ".xunit-rs-0123456789abcdef.png", "xunit-rs-0123456789abcdef.tmp")
+    os.mkdir("out")
+    for name in kept:
+        Path("out", name).touch()
+    os.symlink("../in/a.png", "out/.xunit-rs-0123456789abcdef.tmp")
+    with _files.replacing(Path("out/b.png")) as temporary:
+        assert denoise("in", "-o", "out", "--dry-run") == 0 and temporary.exists()
+        assert denoise("in", "-o", "out") == 0
+        temporary.write_text("whole")
+    assert Path("out/b.png").read_text() == "whole"
+    assert {*kept, ".xunit-rs-0123456789abcdef.tmp"} < set(os.listdir("out"))
+    Path("out/.xunit-rs-fedcba9876543210.tmp").touch()
+    assert denoise("in", "-o", "out", "--overwrite", "--dry-run") == 0
+    assert Path("out/.xunit-rs-fedcba9876543210.tmp").exists()
+    assert denoise("in", "-o", "out", "--overwrite") == 0
+    assert not Path("out/.xunit-rs-fedcba9876543210.tmp").exists()
 
 
 def test_an_image_is_interrupted_in_the_middle(capsys: pytest.CaptureFixture[str]) -> None:

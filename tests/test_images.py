@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import struct
 import sys
+import threading
 import warnings
 import zlib
 from pathlib import Path
@@ -147,6 +149,30 @@ def test_webp_without_loss_stays_without_loss(tmp_path: Path) -> None:
         assert "lossless" not in images.read(tmp_path / f"{name}.webp").info
 
 
+def test_how_colours_are_held_is_told(tmp_path: Path) -> None:
+    image = pixels("RGB", 32, 32)
+    for number in (0, 1, 2):
+        image.save(tmp_path / "a.jpg", subsampling=number)
+        found = images.read(tmp_path / "a.jpg")
+        assert found.info["subsampling"] == images.stripped(found).info["subsampling"] == number
+    image.save(tmp_path / "a.webp")
+    assert images.read(tmp_path / "a.webp").info["subsampling"] == 2
+    for name, options in (("b.webp", {"lossless": True}), ("b.png", {})):
+        image.save(tmp_path / name, **options)
+        assert "subsampling" not in images.read(tmp_path / name).info
+
+
+def test_an_encoder_of_one_long_call_is_interrupted() -> None:
+    end = threading.Event()
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        images._aside(lambda: b"late" if end.wait(60) else b"")
+    end.set()
+    assert images._aside(lambda: b"done") == b"done"
+    with pytest.raises(ZeroDivisionError):
+        images._aside(lambda: bytes(1 // 0))
+
+
 def test_webp_without_loss_keeps_colours_that_alpha_hides(tmp_path: Path) -> None:
     array = np.asarray(pixels("RGBA")).copy()
     array[:4, :, 3] = 0
@@ -246,7 +272,7 @@ def test_read_errors_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(FileNotFoundError, match=r"none\.png"):
         images.read(tmp_path / "none.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ImageError, match=r"whole\.png: too large"):
+    with pytest.raises(images.TooLargeError, match=r"whole\.png: too large.*MAX_IMAGE_PIXELS"):
         images.read(tmp_path / "whole.png")
 
 
@@ -574,7 +600,7 @@ def test_depths_that_are_no_image_say_so(tmp_path: Path, monkeypatch: pytest.Mon
             warnings.simplefilter("ignore")  # Pillow warns of broken tags
             images.read(tmp_path / "cut.tif", deep=True)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ImageError, match=r"a\.tif: too large"):
+    with pytest.raises(images.TooLargeError, match=r"a\.tif: too large"):
         images.read(tmp_path / "a.tif", deep=True)
 
 

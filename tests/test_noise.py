@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from xunit_rs import images
-from xunit_rs.denoise import pretrained_names
-from xunit_rs.noise import estimate_sigma, is_grey, nearest_model
+from xunit_rs.denoise import Denoiser, pretrained_names
+from xunit_rs.noise import estimate_sigma, halves_colours, is_grey, model_for, nearest_model
 
 
 def picture(shape: tuple[int, ...], sigma: float) -> Any:
@@ -90,6 +90,43 @@ def test_the_nearest_model() -> None:
             nearest_model(sigma, 1)
     with pytest.raises(ValueError, match="2 channels"):
         nearest_model(5, 2)
+
+
+def noisy_jpeg(sigma: float, subsampling: int, grey: bool = False) -> Any:
+    """A picture of few colours, the same with noise from a JPEG file, and that file's image."""
+    y, x = np.mgrid[:96, :128]
+    clean = np.stack([128 + 60 * np.sin(x / 9 + k) * np.cos(y / 13) for k in (0, 1, 2)], -1)
+    noise = np.random.default_rng(0).normal(0, sigma, clean.shape)
+    if grey:
+        clean[...], noise[...] = clean[..., :1], noise[..., :1]
+    file = io.BytesIO()
+    picture = Image.fromarray(np.rint(clean + noise).clip(0, 255).astype(np.uint8))
+    picture.save(file, "JPEG", quality=95, subsampling=subsampling)
+    return clean, images.read(file)
+
+
+def test_colours_at_half_size_have_another_model() -> None:
+    for subsampling, sigma, grey, name in (
+        (2, 25, False, "gray-blind"),
+        (2, 4, False, "color-blind"),
+        (1, 25, False, "color-blind"),
+        (0, 25, False, "color-blind"),
+        (2, 25, True, "gray-sigma25"),
+    ):
+        _, image = noisy_jpeg(sigma, subsampling, grey)
+        assert halves_colours(image) == (subsampling == 2)
+        for same in (image, images.stripped(image)):
+            found, levels = model_for(same, estimate_sigma(same))
+            assert found == name and levels == ((25, 25) if grey else (0, 55))
+
+
+def test_colours_at_half_size_look_better_by_that_model() -> None:
+    clean, image = noisy_jpeg(25, 2)
+    errors = [
+        np.square(np.asarray(Denoiser.from_pretrained(name)(image)) - clean).mean()
+        for name in (model_for(image, estimate_sigma(image))[0], "color-blind")
+    ]
+    assert 2 * errors[0] < errors[1]
 
 
 def test_a_file_that_is_open_is_read(tmp_path: Any) -> None:

@@ -461,7 +461,8 @@ for _error, _lines in (
             ("denoise cut.jpg", "cut.jpg: damaged or truncated"),
             ("denoise lying.png", "lying.png: damaged or truncated"),
             ("denoise zero.png", "zero.png"),
-            ("denoise huge.png", "huge.png: too large"),
+            ("denoise huge.png", "huge.png: too large: more than 179 megapixels"),
+            ("denoise huge.png --max-megapixels 200", "too large: more than 200 megapixels"),
             ("denoise text-bomb.png", "text-bomb.png"),
             ("denoise cmyk.jpg", "mode CMYK"),
             ("denoise moving.gif", "moving.gif: an animation of 2 frames"),
@@ -596,7 +597,7 @@ def _(folder: Path) -> str:
     return "exit 1, named, the smaller ones done, no part of a file left"
 
 
-for _signal, _code in (("SIGKILL", -9), ("SIGINT", 130)):
+for _signal, _code in (("SIGKILL", -9), ("SIGINT", 130), ("SIGTERM", 143)):
 
     @case(BATCH, f"{_signal} in the middle, then --skip-existing", None)
     def _(folder: Path, name: str = _signal, code: int = _code) -> str:
@@ -614,6 +615,7 @@ for _signal, _code in (("SIGKILL", -9), ("SIGINT", 130)):
         assert 1 <= len(done) < 12
         status, stdout, stderr = batch(folder, "in", "-o", "out", "--skip-existing")
         assert (status, stdout.count("\n")) == (0, 12 - len(done)), stderr
+        assert all(path.endswith(".png") for path in names(folder / "out"))
         assert batch(folder, "in", "-o", "whole")[0] == 0
         for path in (folder / "whole").iterdir():
             assert path.read_bytes() == (folder / "out" / path.name).read_bytes(), path.name

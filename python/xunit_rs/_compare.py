@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ _LARGEST = 800  # side of a panel; noise is seen at full size only, so the rest 
 _SMALLEST = 240  # which captions need
 _GAP, _LINE = 8, 20
 _GAIN = 4
+_ROWS = 256
 
 
 def sheet(noisy: npt.NDArray[Any], clean: npt.NDArray[Any], scale: float) -> Image.Image:
@@ -24,13 +26,12 @@ def sheet(noisy: npt.NDArray[Any], clean: npt.NDArray[Any], scale: float) -> Ima
     Arrays HxW or HxWxC; `scale` is the value of white.
     """
     before, after = _sigma(noisy), _sigma(clean)
-    old, new = _colours(noisy, scale), _colours(clean, scale)
-    height, width = old.shape[:2]
+    height, width = noisy.shape[:2]
     rows, columns = min(height, _LARGEST), min(width, _LARGEST)
     top, left = (height - rows) // 2, (width - columns) // 2
     inner = (slice(top, top + rows), slice(left, left + columns))
-    difference = new - old
-    rms = 255 * float(np.sqrt(np.mean(np.square(difference), dtype=np.float64)))
+    old, new = _colours(noisy[inner], scale), _colours(clean[inner], scale)
+    rms = 255 * _root_mean_square(noisy, clean, scale)
     part = "" if (rows, columns) == (height, width) else f", the middle {columns}x{rows}"
     captions = [  # in ASCII: Pillow's own fonts have no ×
         (f"before{part}", f"{width}x{height}, sigma {before}"),
@@ -38,7 +39,7 @@ def sheet(noisy: npt.NDArray[Any], clean: npt.NDArray[Any], scale: float) -> Ima
         (f"difference x{_GAIN}", f"RMS {rms:.1f}"),
     ]
     zoom = max(1, -(-_SMALLEST // columns))
-    panels = (old[inner], new[inner], 0.5 + _GAIN * difference[inner])
+    panels = (old, new, 0.5 + _GAIN * (new - old))
     size = (columns * zoom, rows * zoom)
     result = Image.new("RGB", (3 * size[0] + 2 * _GAP, size[1] + 2 * _LINE + _GAP), (255, 255, 255))
     draw = ImageDraw.Draw(result)
@@ -57,6 +58,17 @@ def sheet(noisy: npt.NDArray[Any], clean: npt.NDArray[Any], scale: float) -> Ima
 
 def _sigma(image: npt.NDArray[Any]) -> str:
     return f"{estimate_sigma(image):.1f}" if min(image.shape[:2]) >= 3 else "unknown"
+
+
+def _root_mean_square(noisy: npt.NDArray[Any], clean: npt.NDArray[Any], scale: float) -> float:
+    """Of the difference of two images, strip by strip: floats of a large one take gigabytes."""
+    height, width = noisy.shape[:2]
+    squares = 0.0
+    for top in range(0, height, _ROWS):
+        strip = slice(top, top + _ROWS)
+        difference = _colours(clean[strip], scale) - _colours(noisy[strip], scale)
+        squares += float(np.square(difference).sum(dtype=np.float64))
+    return math.sqrt(squares / (3 * height * width))
 
 
 def _colours(image: npt.NDArray[Any], scale: float) -> npt.NDArray[np.float32]:

@@ -6,7 +6,6 @@ import io
 import os
 import struct
 import zlib
-from dataclasses import dataclass, field
 from typing import IO, Any
 
 import numpy as np
@@ -23,7 +22,6 @@ _EXIF_IFD, _GPS_IFD, _INTEROP_IFD = 34665, 34853, 40965
 Pixels = npt.NDArray[Any]
 
 
-@dataclass(eq=False, repr=False)
 class DeepImage:
     """Pixels of a depth that Pillow has no mode for, with the metadata of their file.
 
@@ -35,9 +33,12 @@ class DeepImage:
     `mode`, `size`, `width`, `height`, `getexif` and `save` are as of a PIL image.
     """
 
-    pixels: Pixels
-    info: dict[Any, Any] = field(default_factory=dict)
-    format: str | None = None
+    def __init__(
+        self, pixels: Pixels, info: dict[Any, Any] | None = None, format: str | None = None
+    ) -> None:
+        self.pixels = pixels
+        self.info: dict[Any, Any] = {} if info is None else info
+        self.format = format
 
     @property
     def mode(self) -> str:
@@ -162,8 +163,7 @@ def read_tiff(file: IO[bytes]) -> tuple[DeepImage, int, int]:
         dtype = np.dtype(page.dtype)
         if dtype.kind != "f" and dtype != np.uint16:
             raise ValueError(f"values of type {dtype} are not supported")
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or np.inf)
-        if page.imagewidth * page.imagelength > limit:
+        if page.imagewidth * page.imagelength > 2 * (Image.MAX_IMAGE_PIXELS or np.inf):
             raise Image.DecompressionBombError
         if page.imagedepth > 1 or page.samplesperpixel < colours:
             raise ValueError(f"shape {page.shape} is not that of an image")

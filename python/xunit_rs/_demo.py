@@ -79,7 +79,7 @@ class Page:
     ) -> Result:
         """Denoise an image file, in its own format and bit depth, metadata kept.
 
-        model: "auto", which is by `noise.nearest_model`, or the name of a network of the package.
+        model: "auto", which is by `noise.model_for`, or the name of a network of the package.
         strength: 0 to 1, as for `Denoiser`.
 
         Raises what `images.read`, `Denoiser` and `images.encode` raise.
@@ -98,8 +98,7 @@ class Page:
             sigma = _sigma(image)
             remark = "as you chose"
             if model == AUTO:
-                channels = 1 if noise.is_grey(image) else 3
-                model, levels = noise.nearest_model(sigma or 0.0, channels)
+                model, levels = noise.model_for(image, sigma or 0.0)
                 low, high = (f"{level:g}" for level in levels)
                 remark = f"auto: made for σ {low}" + (f" to {high}" if high != low else "")
             network = _Remembering(model, self._results)
@@ -331,6 +330,10 @@ def _blocks(gr: Any, page: Page) -> Any:
             if os.environ.get("XUNIT_DEBUG", "0") != "0":
                 traceback.print_exc()
             text = "out of memory" if isinstance(error, MemoryError) else str(error)
+            if isinstance(error, images.TooLargeError):
+                limit = f"{images.size_limit():.4g} megapixels"
+                more = "`xunit-rs denoise --max-megapixels N` takes larger ones"
+                text = f"too large: more than {limit}; {more}"
             return None, _error(Path(path).name, text or type(error).__name__), none, folders
         label = f"{_DOWNLOAD} ({result.kind})"
         button = gr.DownloadButton(label, value=str(result.file), interactive=True)

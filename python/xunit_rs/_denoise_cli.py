@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import io
 import json
 import math
 import os
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from PIL import Image
 
 from . import images
+from ._files import remove_leftovers
 from ._plan import PIPE, Job, plan, remaining
 from ._terminal import Bar, Refused, fail, natural, note, reason
 from .denoise import Denoiser, _sheet_of_images, pretrained_names
-from .noise import estimate_sigma, is_grey, nearest_model
+from .noise import BLIND, estimate_sigma, halves_colours, is_grey, model_for
 
 __all__ = ["add_arguments", "run"]
-
-# What runs where neither model nor noise is named: the noise of a photo is not known.
-_GREY_MODEL = "gray-blind"
-_COLOUR_MODEL = "color-blind"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Exit status: 0 all done; 1 some images failed, the others are done; 2 refused, nothing "
-        "done; 130 interrupted. A result appears under its name when it is whole, so that a run "
-        "that was cut off goes on with --skip-existing; one that was killed may leave a hidden "
-        "file, .xunit-rs-*.tmp, behind."
+        "done; 130 interrupted; 143 terminated. A result appears under its name when it is whole, "
+        "so that a run that was cut off goes on with --skip-existing. One that was killed may "
+        "leave a hidden file, .xunit-rs-*.tmp, which the next run that writes there removes."
     )
     parser.add_argument(
         "inputs",
@@ -79,7 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="NAME|PATH",
         help=f"{', '.join(pretrained_names()) or 'none shipped'}, or a .safetensors file "
-        f"(default: {_GREY_MODEL} for grey images, {_COLOUR_MODEL} for colour)",
+        f"(default: {BLIND[1]} for grey images, {BLIND[3]} for colour, but {BLIND[1]} for that of "
+        "noisy JPEG and WebP files at half the width and height, 4:2:0)",
     )
     models.add_argument(
         "--sigma",
@@ -105,6 +105,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="width of the panels a large image is cut into, pixels, to save memory; 0 = by "
         "memory (default)",
+    )
+
+    group.add_argument(
+        "--max-megapixels",
+        metavar="N",
+        type=natural,
+        default=None,
+        help="refuse larger images, as a small file can unpack to any size; 0 = none is too large "
+        f"(default: {images.size_limit():.4g})",
     )
 
     group = parser.add_argument_group("messages")
@@ -141,6 +150,53 @@ def _sigma(text: str) -> float | str:
 
 
 def run(args: argparse.Namespace) -> int:
+    with _limit(args.max_megapixels), _ended_by_signals():
+        try:
+            return _run(args)
+        except _Terminated as stop:
+            return fail("terminated", 128 + int(stop.args[0]))
+
+
+@contextlib.contextmanager
+def _limit(megapixels: int | None) -> Iterator[None]:
+    """The size of images that are read; None leaves what Pillow has."""
+    # Pillow warns at its limit and refuses at twice that.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    before = Image.MAX_IMAGE_PIXELS
+    if megapixels is not None:
+        Image.MAX_IMAGE_PIXELS = megapixels * 500_000 or None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+class _Terminated(KeyboardInterrupt):
+    """A signal that ends the work as Ctrl-C does: with no temporary file left."""
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise _Terminated, with their number, unless they are handled."""
+
+    def end(number: int, _: object) -> None:
+        raise _Terminated(number)
+
+    names = ("SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    with contextlib.suppress(ValueError):  # another thread than the main one cannot
+        for number in taken:
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            for number in taken:
+                signal.signal(number, signal.SIG_DFL)
+
+
+def _run(args: argparse.Namespace) -> int:
     jobs, broken = plan(args.inputs, args.output, args.compare)
     todo = remaining(jobs, overwrite=args.overwrite, skip_existing=args.skip_existing)
     _check_pipes(todo, args)
@@ -154,8 +210,6 @@ def run(args: argparse.Namespace) -> int:
             load(args.model)
         except (ValueError, OSError) as error:
             raise Refused(reason(error)) from error
-    # Large photos are welcome; what goes beyond twice Pillow's limit is refused by it.
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
     failures = 0
     for source, why in broken:
@@ -165,9 +219,14 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         for job in todo:
             _report(args, job, {}, " -> ".join([job.source, ", ".join(filter(None, job[1:]))]))
-    elif not batch.run():
-        more = "; --skip-existing goes on from there" if len(todo) > 1 else ""
-        return fail(f"interrupted, {batch.done} of {len(todo)} images done{more}", 130)
+    else:
+        _clear_up(jobs, args)
+        stop = batch.run()
+        if stop is not None:
+            number = int(stop.args[0]) if isinstance(stop, _Terminated) else int(signal.SIGINT)
+            how = "terminated" if isinstance(stop, _Terminated) else "interrupted"
+            more = "; --skip-existing goes on from there" if len(todo) > 1 else ""
+            return fail(f"{how}, {batch.done} of {len(todo)} images done{more}", 128 + number)
     failures += batch.failed
     if not args.quiet:
         if len(todo) < len(jobs):
@@ -175,6 +234,16 @@ def run(args: argparse.Namespace) -> int:
         if failures and len(jobs) + len(broken) > 1 and not args.dry_run:
             note(f"{failures} failed, {batch.done} done")
     return int(failures > 0)
+
+
+def _clear_up(jobs: list[Job], args: argparse.Namespace) -> None:
+    """Remove what runs that were killed left where results go."""
+    paths = {path for job in jobs for path in job[1:] if path and path != PIPE}
+    folders = {os.path.dirname(os.path.realpath(path)) for path in paths}
+    count = sum(remove_leftovers(folder) for folder in sorted(folders))
+    if count and not args.quiet:
+        files = "1 unfinished file" if count == 1 else f"{count} unfinished files"
+        note(f"removed {files} of a run that was killed")
 
 
 def _check_pipes(jobs: list[Job], args: argparse.Namespace) -> None:
@@ -204,21 +273,21 @@ class _Batch:
         self.job = Job("", "")
         self.record: dict[str, Any] = {}  # what is learnt of the job being done
 
-    def run(self) -> bool:
-        """Do the jobs; return False if interrupted."""
+    def run(self) -> KeyboardInterrupt | None:
+        """Do the jobs; return what interrupted them."""
         start = time.monotonic()
         with self.bar:
             for job in self.jobs:
                 self.job, self.record = job, {}
                 try:
                     self._step()
-                except KeyboardInterrupt:
-                    return False
+                except KeyboardInterrupt as stop:
+                    return stop
         if self.args.verbose and len(self.jobs) > 1:
             seconds = time.monotonic() - start
             pace = self.pixels / max(seconds, 1e-3)
             note(f"{self.pixels:.1f} MP in {seconds:.1f} s, {pace:.2f} MP/s")
-        return True
+        return None
 
     def _step(self) -> None:
         start = time.monotonic()
@@ -287,13 +356,14 @@ def _choose(
     """The network for an image and the noise it was chosen by."""
     if args.model is not None:
         return args.model, None
-    grey = is_grey(image)
     sigma = args.sigma
-    if sigma == "auto":
+    if sigma == "auto" or (sigma is None and halves_colours(image) and not is_grey(image)):
         sigma = estimate_sigma(image) if min(image.size) >= 3 else None
     if sigma is None:
-        return _GREY_MODEL if grey else _COLOUR_MODEL, None
-    model, (low, high) = nearest_model(sigma, 1 if grey else 3)
+        return BLIND[1 if is_grey(image) else 3], None
+    model, (low, high) = model_for(image, sigma)
+    if args.sigma is None:
+        return model, None
     if not args.quiet:
         how = "estimated" if args.sigma == "auto" else "given"
         known = "" if sigma <= high or low == high else f", trained for {low:g}-{high:g} only"
@@ -332,4 +402,10 @@ def _reason(error: Exception, job: Job) -> str:
         return "out of memory; try --tile 256"
     if isinstance(error, OSError) and not error.filename and job.target == PIPE:
         return f"standard output: {reason(error)}"
-    return reason(error).removeprefix(f"{_name(job.source)}: ")
+    text = reason(error).removeprefix(f"{_name(job.source)}: ")
+    if isinstance(error, images.TooLargeError):
+        return (
+            f"too large: more than {images.size_limit():.4g} megapixels; if it is no decompression "
+            "bomb, --max-megapixels N lets it through"
+        )
+    return text

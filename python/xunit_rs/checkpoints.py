@@ -206,8 +206,9 @@ def _load_pickle(path: Path) -> Checkpoint:
     except MemoryError:
         raise
     except Exception as error:  # the unpickler meets bad bytes in as many ways as Python has errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: not a PyTorch file of plain tensors: {reason}") from error
+        # Not in torch's words, which tell programmers how to load it all the same.
+        why = "damaged, of another kind, or able to run code"
+        raise CheckpointError(f"{path}: not a PyTorch file of plain tensors: {why}") from error
     for key in _WRAPPERS:
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
             data = data[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -327,7 +328,8 @@ def integer_scale(image: npt.NDArray[Any]) -> float:
 
 def _check_array(image: npt.NDArray[Any]) -> np.dtype[Any]:
     """Return the native dtype of a supported image; raise for its rank, size or dtype."""
-    if isinstance(image, np.ma.MaskedArray):
+    masked = sys.modules.get("numpy.ma")  # whose import takes time, and which makes such arrays
+    if masked is not None and isinstance(image, masked.MaskedArray):
         raise TypeError("masked arrays are not supported: fill the mask first")
     dtype: np.dtype[Any] = image.dtype.newbyteorder("=")
     if dtype not in _INTEGER_SCALE and dtype not in _FLOATS:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import os
 import stat
+import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from . import _deep
@@ -19,9 +21,11 @@ from ._deep import DeepImage
 from ._files import replacing
 
 __all__ = [
+    "HALVED",
     "MODES",
     "DeepImage",
     "ImageError",
+    "TooLargeError",
     "check_target",
     "encode",
     "encoding",
@@ -30,6 +34,7 @@ __all__ = [
     "output_format",
     "pixels",
     "read",
+    "size_limit",
     "stripped",
     "tiff_exif",
     "write",
@@ -55,7 +60,7 @@ _FORMATS = {
 }
 SUFFIXES = frozenset({*_FORMATS, ".gif"})
 
-_COMPRESSION = frozenset({"compression", "lossless"})
+_COMPRESSION = frozenset({"compression", "lossless", "subsampling"})
 _CARRIED = ("exif", "icc_profile", "dpi")
 _FORMAT_MODES = {
     "JPEG": frozenset({"L", "RGB"}),
@@ -64,6 +69,7 @@ _FORMAT_MODES = {
     "PNG": frozenset({"L", "LA", "RGB", "RGBA", "I;16", "I;16B", "I"}),
     "PPM": frozenset({"L", "RGB", "I;16", "I", "F"}),
 }
+HALVED = 2  # Pillow's number for 4:2:0, which WebP always has
 _LARGEST = {"JPEG": 65_500, "WEBP": 16_383}  # pixels of a side: libjpeg's and libwebp's limits
 _ANIMATED = frozenset({"GIF", "WEBP", "PNG"})  # more frames of others are pages and previews
 # Nearly transparent compression: the noise is gone, so the file is small all the same.
@@ -99,6 +105,10 @@ _TIFF_STRUCTURE = frozenset(
 
 class ImageError(ValueError):
     """An image file that cannot be read or written; the message names the file and the reason."""
+
+
+class TooLargeError(ImageError):
+    """An image file of more than twice `PIL.Image.MAX_IMAGE_PIXELS`."""
 
 
 def is_image_name(path: str | os.PathLike[str]) -> bool:
@@ -188,12 +198,14 @@ def read(
     deep: whether PNG and TIFF files of a depth that Pillow has no mode for (16-bit colour, float
         colour, float16 and float64, 16-bit grey with alpha) give a `DeepImage`.
 
+    `info["subsampling"]` tells how JPEG and WebP files hold colours, by Pillow's numbers.
+
     Pixels stay as stored: an EXIF orientation is kept as metadata, not applied (but that of TIFF is
     applied, and not kept). Warns of what is not delivered: 16 bits that come as 8, channels of
     TIFF beyond colour and alpha, and frames after the first.
 
-    Raises ImageError (not an image, truncated, a directory, too large, unreadable, animated, or of
-    a depth that needs `deep`) and FileNotFoundError.
+    Raises ImageError (not an image, truncated, a directory, unreadable, animated, or of a depth
+    that needs `deep`), TooLargeError and FileNotFoundError.
     """
     source = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
     if name is None:
@@ -209,8 +221,8 @@ def read(
             head = file.read(4)
         if head in _TIFF_HEADS:
             return _read_tiff(source, name, deep)
-        reason = "not an image in a format that Pillow knows" if head else "the file is empty"
-        raise ImageError(f"{name}: {reason}") from None
+        reason = "not an image of a known format (PNG, JPEG, TIFF, WebP, ...)"
+        raise ImageError(f"{name}: {reason if head else 'the file is empty'}") from None
     except Image.DecompressionBombError:
         raise _too_large(name) from None
     except MemoryError:
@@ -244,8 +256,11 @@ def read(
             kind = "grey with alpha" if grey else "colour"
             warnings.warn(f"{name}: 16-bit {kind} is read as 8-bit", stacklevel=2)
         more: dict[str, Any] = tiff_exif(opened, name)
-        if opened.format == "WEBP" and _is_lossless_webp(source):
-            more["lossless"] = True
+        if opened.format == "WEBP":
+            lossless = _is_lossless_webp(source)
+            more |= {"lossless": True} if lossless else {"subsampling": HALVED}
+        elif opened.format in ("JPEG", "MPO"):
+            more["subsampling"] = JpegImagePlugin.get_sampling(opened)
         image = load(opened, name)
         info = image.info | more
         if grey:
@@ -261,12 +276,16 @@ def read(
         return image
 
 
-def _too_large(name: str) -> ImageError:
-    limit = f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels"
-    return ImageError(
-        f"{name}: too large: {limit}, which PIL.Image.MAX_IMAGE_PIXELS sets against "
-        "decompression bombs"
+def _too_large(name: str) -> TooLargeError:
+    return TooLargeError(
+        f"{name}: too large: more than {size_limit():.4g} megapixels, twice "
+        "PIL.Image.MAX_IMAGE_PIXELS, which is set against decompression bombs"
     )
+
+
+def size_limit() -> float:
+    """The megapixels beyond which Pillow refuses an image."""
+    return 2 * (Image.MAX_IMAGE_PIXELS or np.inf) / 1e6
 
 
 def _tag(image: Image.Image, tag: int, default: Any) -> Any:
@@ -548,7 +567,38 @@ def _save(image: Image.Image | DeepImage, file: IO[bytes], file_format: str, nam
             span = f"{pixels.min()}..{pixels.max()}"
             raise ImageError(f"{name}: PNG cannot store values {span}; try .tif")
         image = Image.fromarray(pixels.astype(np.uint16))
+    if file_format == "WEBP":
+        file.write(_aside(lambda: _webp(image, options)))
+        return
     image.save(file, format=file_format, **options)
+
+
+def _webp(image: Image.Image, options: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format="WEBP", **options)
+    return file.getvalue()
+
+
+def _aside(work: Callable[[], bytes]) -> bytes:
+    """What `work` returns, from a thread: Ctrl-C does not wait for a call into C that takes long.
+
+    libwebp takes 2 to 4 seconds for 12 megapixels. Other encoders write part by part.
+    """
+    results: list[bytes] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def _options(info: dict[Any, Any], file_format: str, name: str) -> dict[str, Any]:
