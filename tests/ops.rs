@@ -614,26 +614,32 @@ fn depthwise_in_channels_last() {
             check_in::<f32>(&geometry, &mut noise, c % 3 == 0);
             check_in::<f64>(&geometry, &mut noise, c % 3 == 0);
         }
+        // Strides, dilations, and more padding than the kernel extends.
+        for c in (1..=33).chain([40, 64]) {
+            let (kh, kw) = ([1, 2, 3, 5][c % 4], [1, 3, 4, 7][c % 3]);
+            let mut upto = |n: usize| 1 + noise.below(n);
+            let (stride, dilation) = ([upto(3), upto(3)], [upto(3), upto(2)]);
+            let input = Batch::new(&[1 + c % 2, c, 2 * kh + upto(20), kw + 4 + upto(20)]).unwrap();
+            let mut below = |n: usize| noise.below(n);
+            let padding = [below(kh + 2), below(kh + 2), below(kw + 2), below(kw + 2)];
+            let conv = Conv { kh, kw, stride, padding, dilation };
+            let Ok(geometry) = Geometry::new(input, conv) else {
+                continue;
+            };
+            check_in::<f32>(&geometry, &mut noise, c % 3 == 0);
+            check_in::<f64>(&geometry, &mut noise, c % 3 == 0);
+        }
         // Several strips.
+        let conv = Conv { stride: [2, 2], padding: [1; 4], ..Conv::same(3).unwrap() };
+        for (h, w, stride) in [(300, 40, [2, 2]), (41, 700, [2, 1]), (50, 300, [1, 2])] {
+            let batch = Batch::new(&[1, 17, h, w]).unwrap();
+            let geometry = Geometry::new(batch, Conv { stride, ..conv }).unwrap();
+            check_in::<f32>(&geometry, &mut noise, h == 50);
+        }
         let tall = Batch::new(&[1, 17, 300, 40]).unwrap();
         let geometry = Geometry::new(tall, Conv::same(7).unwrap()).unwrap();
         check_in::<f32>(&geometry, &mut noise, false);
     });
-    let input = Batch::new(&[1, 2, 9, 9]).unwrap();
-    let same = Conv::same(3).unwrap();
-    for conv in [
-        Conv { stride: [2, 1], ..same },
-        Conv { dilation: [1, 2], ..same },
-        Conv { padding: [3, 0, 0, 0], ..same },
-    ] {
-        let geometry = Geometry::new(input, conv).unwrap();
-        let mut y = vec![0.0; geometry.output().size()];
-        let (x, weight) = (vec![0.0; input.size()], vec![0.0; 18]);
-        let threads = Threads::Own(1);
-        let result =
-            ops::depthwise_forward_channels_last(&geometry, &x, &weight, None, &mut y, threads);
-        refused(result, &["channels_last"]);
-    }
 }
 
 #[track_caller]

@@ -5,6 +5,9 @@
 //! the stride (see `ops::phases`); then any geometry, and any part of the transposed one, is the same
 //! loop: every tap one unaligned vector load and one multiply-add per vector of outputs.
 
+use std::marker::PhantomData;
+
+use super::{MAX_LANES, extent};
 use crate::simd::{Kernel, Scalar, Simd};
 
 /// out\[y\]\[x\] = bias + Σ weight · input\[y · step + offset + x\], one plane.
@@ -221,6 +224,187 @@ impl<T: Scalar> WeightGradient<'_, T> {
         }
         for (sum, acc) in self.sum[t..].iter_mut().zip(acc) {
             *sum += simd.sum(acc).to_f64();
+        }
+        J
+    }
+}
+
+/// Pixels of a block of channels to write: rows and columns of them, so many elements apart.
+pub struct Places<'a, T> {
+    ptr: *mut T,
+    steps: (usize, usize),
+    count: (usize, usize),
+    channels: usize,
+    target: PhantomData<&'a mut [T]>,
+}
+
+impl<T> Places<'_, T> {
+    /// # Safety
+    /// `channels` elements at each place must be valid for writing, and nobody else's, as long as this
+    /// lives.
+    pub unsafe fn new(
+        ptr: *mut T,
+        steps: (usize, usize),
+        count: (usize, usize),
+        channels: usize,
+    ) -> Self {
+        Self { ptr, steps, count, channels, target: PhantomData }
+    }
+}
+
+/// [`Forward`] of a block of as many channels as a vector has lanes, pixel by pixel: an element is a
+/// vector, and nothing need be laid out anew for a stride.
+pub struct BlockForward<'a, T> {
+    pub input: &'a [T],
+    /// Elements of input from one row of outputs to the next, and from one output to the next.
+    pub steps: (usize, usize),
+    /// Of each tap.
+    pub offsets: &'a [usize],
+    /// (taps, lanes)
+    pub weight: &'a [T],
+    /// (lanes)
+    pub bias: &'a [T],
+    pub out: Places<'a, T>,
+}
+
+impl<T: Scalar> Kernel<T> for BlockForward<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(self, simd: S) {
+        let (lanes, (rows, columns)) = (simd.lanes(), self.out.count);
+        assert!(self.out.channels <= lanes && self.bias.len() == lanes);
+        assert!(self.weight.len() == self.offsets.len() * lanes);
+        assert!(self.input.len() >= block_extent(self.steps, self.out.count, self.offsets, lanes));
+        for y in 0..rows {
+            let mut x = 0;
+            while x < columns {
+                // SAFETY: pixels x..x + C of row y, inside by the assertions above.
+                x += unsafe {
+                    match (S::TILE_VECTORS == 4, columns - x) {
+                        (true, 8..) => self.tile::<S, 8>(simd, y, x),
+                        (_, 4..) => self.tile::<S, 4>(simd, y, x),
+                        _ => self.tile::<S, 1>(simd, y, x),
+                    }
+                };
+            }
+        }
+    }
+}
+
+/// The elements that all taps of so many outputs reach.
+fn block_extent(
+    steps: (usize, usize),
+    (rows, columns): (usize, usize),
+    offsets: &[usize],
+    lanes: usize,
+) -> usize {
+    let reach = offsets.iter().max().map_or(0, |&offset| offset + lanes);
+    (rows - 1) * steps.0 + (columns - 1) * steps.1 + reach
+}
+
+impl<T: Scalar> BlockForward<'_, T> {
+    /// C pixels of row y. Returns C.
+    ///
+    /// # Safety
+    /// What `run` asserts; the pixels must be inside.
+    #[inline(always)]
+    unsafe fn tile<S: Simd<T>, const C: usize>(&self, simd: S, y: usize, x: usize) -> usize {
+        let (lanes, (row, column), out) = (simd.lanes(), self.steps, &self.out);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut acc = [simd.load(self.bias.as_ptr()); C];
+            let input = self.input.as_ptr().add(y * row + x * column);
+            for (tap, &offset) in self.offsets.iter().enumerate() {
+                let w = simd.load(self.weight.as_ptr().add(tap * lanes));
+                for (c, acc) in acc.iter_mut().enumerate() {
+                    *acc = simd.fma(w, simd.load(input.add(offset + c * column)), *acc);
+                }
+            }
+            for (c, &v) in acc.iter().enumerate() {
+                let to = out.ptr.add(y * out.steps.0 + (x + c) * out.steps.1);
+                if out.channels == lanes {
+                    simd.store(v, to);
+                } else {
+                    simd.store_first(v, to, out.channels);
+                }
+            }
+        }
+        C
+    }
+}
+
+/// [`WeightGradient`] of a block, as in [`BlockForward`].
+pub struct BlockWeightGradient<'a, T> {
+    /// Rows and columns, contiguous.
+    pub grad: &'a [T],
+    pub count: (usize, usize),
+    pub input: &'a [T],
+    pub steps: (usize, usize),
+    pub offsets: &'a [usize],
+    /// (taps, lanes)
+    pub sum: &'a mut [f64],
+}
+
+impl<T: Scalar> Kernel<T> for BlockWeightGradient<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(mut self, simd: S) {
+        let (lanes, (rows, columns)) = (simd.lanes(), self.count);
+        assert!(self.grad.len() >= extent(rows, columns * lanes, columns * lanes));
+        assert!(self.input.len() >= block_extent(self.steps, self.count, self.offsets, lanes));
+        assert!(self.sum.len() == self.offsets.len() * lanes);
+        let height = (BLOCK / columns).max(1);
+        for y in (0..rows).step_by(height) {
+            let rows = (y, rows.min(y + height));
+            let mut t = 0;
+            while t < self.offsets.len() {
+                // SAFETY: all pixels of these taps are in reach by the assertions above.
+                t += unsafe {
+                    match self.offsets.len() - t {
+                        9.. if S::TILE_VECTORS == 4 => self.taps::<S, 9>(simd, rows, t),
+                        5.. => self.taps::<S, 5>(simd, rows, t),
+                        3.. => self.taps::<S, 3>(simd, rows, t),
+                        _ => self.taps::<S, 1>(simd, rows, t),
+                    }
+                };
+            }
+        }
+    }
+}
+
+impl<T: Scalar> BlockWeightGradient<'_, T> {
+    /// J taps from the one at `t` on, over some rows of the gradient. Returns J.
+    ///
+    /// # Safety
+    /// What `run` asserts; there must be so many taps and rows.
+    #[inline(always)]
+    unsafe fn taps<S: Simd<T>, const J: usize>(
+        &mut self,
+        simd: S,
+        (first, end): (usize, usize),
+        t: usize,
+    ) -> usize {
+        let (lanes, (row, column), columns) = (simd.lanes(), self.steps, self.count.1);
+        let mut acc = [simd.splat(T::ZERO); J];
+        let mut list = [T::ZERO; MAX_LANES];
+        // SAFETY: the caller's promise; a vector has no more lanes than `list`.
+        unsafe {
+            for y in first..end {
+                let grad = self.grad.as_ptr().add(y * columns * lanes);
+                let input = self.input.as_ptr().add(y * row);
+                for x in 0..columns {
+                    let g = simd.load(grad.add(x * lanes));
+                    for (acc, &offset) in acc.iter_mut().zip(&self.offsets[t..t + J]) {
+                        *acc = simd.fma(g, simd.load(input.add(offset + x * column)), *acc);
+                    }
+                }
+            }
+            for (sums, &acc) in self.sum[t * lanes..].chunks_exact_mut(lanes).zip(&acc) {
+                simd.store(acc, list.as_mut_ptr());
+                sums.iter_mut().zip(&list).for_each(|(sum, v)| *sum += v.to_f64());
+            }
         }
         J
     }

@@ -17,7 +17,7 @@ type Placement = (Pair, [usize; 4], Pair, bool);
 ///
 /// stride (sh, sw), padding (top, bottom, left, right), dilation (dh, dw); threads 0 is the
 /// default. Writes out (N, C, OH, OW). With channels_last, x is (N, H, W, C) and out
-/// (N, OH, OW, C); strides and dilations must be 1 and padding below the kernel size.
+/// (N, OH, OW, C).
 #[pyfunction]
 #[pyo3(signature = (x, weight, bias, stride, padding, dilation, out, threads, channels_last=false))]
 #[allow(clippy::too_many_arguments)]
