@@ -821,3 +821,23 @@ def test_lightning_is_imported_by_training_alone() -> None:
     """
     done = _python(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_throughput_is_measured() -> None:
+    bench = Path(__file__).parents[1] / "benches/throughput.py"
+    done = subprocess.run(
+        [sys.executable, str(bench), "--tiny"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    title, heading, *rows = done.stdout.splitlines()
+    assert title.startswith("patches per second, 1 patches of 8×8 a step, 1 thread(s)")
+    assert heading.split() == ["ours", "plain", "ratio"]
+    assert len(rows) == 5
+    for row in rows[:-1]:
+        ours, plain, ratio = (float(value.rstrip("×")) for value in row.split()[-3:])
+        assert ours / plain == pytest.approx(ratio, rel=0.1) and plain > 0
+    assert float(rows[-1].split()[-1]) > 0
