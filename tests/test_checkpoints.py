@@ -13,6 +13,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from xunit_rs import Denoiser, checkpoints  # noqa: E402
 from xunit_rs.checkpoints import CheckpointError  # noqa: E402
+from xunit_rs.denoise import find_weights  # noqa: E402
 from xunit_rs.models import XDnCNN  # noqa: E402
 
 METADATA = {"format": "xunit-rs", "architecture": "xdncnn-2018"}
@@ -152,3 +153,24 @@ def test_save_refuses_what_the_file_cannot_say(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"blocks\.1\.norm: eps is 0\.001"):
         model.save(tmp_path / "b.safetensors")
     assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_weights_of_the_package_say_what_they_are() -> None:
+    names = checkpoints.list_weights()
+    assert {"gray-sigma25", "gray-blind", "color-blind"} <= set(names)
+    assert sum(find_weights(name).stat().st_size for name in names) <= 12_000_000
+    for name in names:
+        loaded = checkpoints.load(name)
+        told = loaded.metadata
+        assert told["sha256"] == checkpoints.sha256(loaded.state), name
+        assert told["license"] == "MIT OR Apache-2.0"
+        colour, level = name.startswith("color-"), name.rpartition("-")[2].removeprefix("sigma")
+        assert loaded.config["channels"] == (3 if colour else 1)
+        assert told["sigma"] == ("0-55" if level == "blind" else level)
+        # Trained on another set than what they are measured on.
+        assert told["data"].startswith("CBSD400 (" if colour else "Train400 (")
+        levels = (15, 25, 50) if level == "blind" else (level,)
+        for test_set in ("CBSD68",) if colour else ("BSD68", "Set12"):
+            for sigma in levels:
+                assert f"dB (kair, sigma {sigma})" in told[f"psnr_{test_set}"], name
+        assert "steps of" in told["recipe"]

@@ -635,7 +635,9 @@ def _output_folder(out: Path, resume: bool, result: str) -> Path:
         raise NotADirectoryError(f"{out}: is a file; the results of training go to a folder")
     checkpoint = out / "last.pt"
     if resume and not checkpoint.is_file():
-        raise FileNotFoundError(f"{checkpoint}: no checkpoint to resume from")
+        raise FileNotFoundError(
+            f"{checkpoint}: no checkpoint to resume from; without resume the run starts anew"
+        )
     if not resume:
         for path in (checkpoint, out / result):
             if path.exists():
