@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,16 @@ def test_weights_of_the_package_say_what_they_are() -> None:
             for sigma in levels:
                 assert f"dB (kair, sigma {sigma})" in told[f"psnr_{test_set}"], name
         assert "steps of" in told["recipe"]
+
+
+def test_the_page_of_weights_has_the_figures_of_the_files() -> None:
+    page = (Path(__file__).parents[1] / "docs/weights.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    for name in checkpoints.list_weights():
+        for key, told in checkpoints.load(name).metadata.items():
+            if key.startswith("psnr_"):
+                (row,) = re.findall(rf"^\| `{name}` \|(.*)$", sections[key[5:]], re.MULTILINE)
+                cells = [cell.split("/")[0].strip() for cell in row.split("|")[:3]]
+                measured = dict(re.findall(r"([\d.]+) dB \(kair, sigma (\d+)\)", told))
+                expected = {sigma: f"{float(value):.2f}" for value, sigma in measured.items()}
+                assert cells == [expected.get(sigma, "") for sigma in ("15", "25", "50")], name
