@@ -1,7 +1,7 @@
 """Patches per second of `training.train`, with our units and with plain ones in PyTorch.
 
-    python benches/throughput.py [--threads N] [--batch-size N] [--patch-size N] [--rounds N]
-                                 [--tiny]
+    python benches/throughput.py [--filter TEXT] [--threads N] [--batch-size N] [--patch-size N]
+                                 [--rounds N] [--tiny]
 
 A step is all that training does in one: drawing patches and noise, forward, backward, clipping,
 Adam and the moving average, in float32 on the CPU. Ours and plain take turns, each with the same
@@ -80,8 +80,9 @@ def seconds(model: nn.Module, folder: Path, args: argparse.Namespace) -> list[fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--filter", default="", help="only models with this in their name")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--patch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="to see that it runs")
@@ -96,6 +97,8 @@ def main() -> None:
         pixels = np.random.default_rng(0).integers(0, 256, (180, 180), np.uint8)
         Image.fromarray(pixels).save(folder / "a.png")
         for name, make in MODELS.items():
+            if args.filter not in name:
+                continue
             models = {label: make(backend) for label, backend in BACKENDS.items()}
             models["plain"].load_state_dict(models["ours"].state_dict())
             if make is without_units:
