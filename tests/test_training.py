@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -841,3 +842,13 @@ def test_throughput_is_measured() -> None:
         ours, plain, ratio = (float(value.rstrip("×")) for value in row.split()[-3:])
         assert ours / plain == pytest.approx(ratio, rel=0.1) and plain > 0
     assert float(rows[-1].split()[-1]) > 0
+
+
+def test_the_page_names_tests_that_exist() -> None:
+    tests = Path(__file__).parent
+    page = (tests.parent / "docs/training.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", page)
+    assert len(named) >= 12
+    for file, name in named:
+        text = (tests / (file or "test_training.py")).read_text(encoding="utf-8")
+        assert f"def {name}(" in text, name
