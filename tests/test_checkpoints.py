@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from xunit_rs import Denoiser, checkpoints  # noqa: E402
 from xunit_rs.checkpoints import CheckpointError  # noqa: E402
+from xunit_rs.denoise import find_weights  # noqa: E402
 from xunit_rs.models import XDnCNN  # noqa: E402
 
 METADATA = {"format": "xunit-rs", "architecture": "xdncnn-2018"}
@@ -152,3 +154,37 @@ def test_save_refuses_what_the_file_cannot_say(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"blocks\.1\.norm: eps is 0\.001"):
         model.save(tmp_path / "b.safetensors")
     assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_weights_of_the_package_say_what_they_are() -> None:
+    names = checkpoints.list_weights()
+    assert {"gray-sigma25", "gray-blind", "color-blind"} <= set(names)
+    assert sum(find_weights(name).stat().st_size for name in names) <= 12_000_000
+    for name in names:
+        loaded = checkpoints.load(name)
+        told = loaded.metadata
+        assert told["sha256"] == checkpoints.sha256(loaded.state), name
+        assert told["license"] == "MIT OR Apache-2.0"
+        colour, level = name.startswith("color-"), name.rpartition("-")[2].removeprefix("sigma")
+        assert loaded.config["channels"] == (3 if colour else 1)
+        assert told["sigma"] == ("0-55" if level == "blind" else level)
+        # Trained on another set than what they are measured on.
+        assert told["data"].startswith("CBSD400 (" if colour else "Train400 (")
+        levels = (15, 25, 50) if level == "blind" else (level,)
+        for test_set in ("CBSD68",) if colour else ("BSD68", "Set12"):
+            for sigma in levels:
+                assert f"dB (kair, sigma {sigma})" in told[f"psnr_{test_set}"], name
+        assert "steps of" in told["recipe"]
+
+
+def test_the_page_of_weights_has_the_figures_of_the_files() -> None:
+    page = (Path(__file__).parents[1] / "docs/weights.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    for name in checkpoints.list_weights():
+        for key, told in checkpoints.load(name).metadata.items():
+            if key.startswith("psnr_"):
+                (row,) = re.findall(rf"^\| `{name}` \|(.*)$", sections[key[5:]], re.MULTILINE)
+                cells = [cell.split("/")[0].strip() for cell in row.split("|")[:3]]
+                measured = dict(re.findall(r"([\d.]+) dB \(kair, sigma (\d+)\)", told))
+                expected = {sigma: f"{float(value):.2f}" for value, sigma in measured.items()}
+                assert cells == [expected.get(sigma, "") for sigma in ("15", "25", "50")], name

@@ -315,7 +315,7 @@ def test_table_puts_published_figures_beside_the_result() -> None:
         ["the", "noisy", "images", "20.20"],
     ]
     published = [p for p in PUBLISHED if p.data == "BSD68"]
-    assert len(lines[4:]) == len(published) == 7
+    assert len(lines[4:]) == len(published) == 8
     for line, p in zip(lines[4:], published, strict=True):
         assert line.split() == [p.method, f"{p.psnr[25]:.2f}", *p.source.split()]
     # Another number of images, another test set, or noise nobody published: nothing beside it.

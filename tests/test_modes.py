@@ -547,7 +547,7 @@ def test_two_processes_give_the_gradients_of_one(kind, tmp_path):
     ]
     try:
         for process in processes:
-            out, error = process.communicate(timeout=120)
+            out, error = process.communicate(timeout=600)
             assert process.returncode == 0 and "equal" in out, error
     finally:
         for process in processes:

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language, page=README):
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
 def test_one_version():
@@ -110,8 +110,10 @@ def test_readme_replaces_a_relu():
     assert any(isinstance(module, xunit_rs.xUnit) for module in names["model"].modules())
 
 
-def test_readme_command_lines_parse():
-    lines = [line for block in blocks("sh") for line in re.split(r"\n| && ", block)]
+@pytest.mark.parametrize("name", ["README.md", "docs/weights.md"])
+def test_command_lines_parse(name):
+    page = (ROOT / name).read_text(encoding="utf-8")
+    lines = [line for block in blocks("sh", page) for line in re.split(r"\n| && ", block)]
     lines = [line for line in lines if line.startswith("xunit-rs ")]
     assert len(lines) >= 5
     for line in lines:

@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("lightning")
 
 from xunit_rs import checkpoints, cli, replace_relu, training  # noqa: E402
+from xunit_rs.evaluation import Evaluation  # noqa: E402
 from xunit_rs.models import DnCNN, XDnCNN, from_pretrained  # noqa: E402
 from xunit_rs.training import loop  # noqa: E402
 from xunit_rs.training.data import Patches, read_folder  # noqa: E402
@@ -165,6 +167,7 @@ def test_training_learns(data: Path, out: Path, capsys: pytest.CaptureFixture[st
     assert model.features == 3 and len(model.blocks) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "100.0 %" in lines[0] and "150" in lines[0] and "val" in lines[0]
+    assert "patches/s" in lines[0]
 
 
 def test_the_result_is_the_average_and_tells_its_recipe(data: Path, out: Path) -> None:
@@ -182,6 +185,38 @@ def test_the_result_is_the_average_and_tells_its_recipe(data: Path, out: Path) -
     assert "20 steps" in metadata["recipe"] and "seed 0" in metadata["recipe"]
     assert metadata["data"].startswith("images (3 images, crc32 ")
     assert str(data.parent) not in metadata["data"]
+
+
+def test_the_result_is_the_best_of_the_validations(
+    data: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {25: iter([20.0, 23.0, 20.0, 9.0, 8.0]), 50: iter([20.0, 21.0, 23.0, 9.0, 9.0])}
+
+    def measured(model: Any, folder: Any, sigma: float, **_: Any) -> Evaluation:
+        return Evaluation(next(scores[int(sigma)]), 0.0, 3, sigma, "kair", {}, 0.5)
+
+    monkeypatch.setattr(loop, "evaluate", measured)
+    options: dict[str, Any] = TINY | {"val": data, "validations": 4, "val_sigma": (25, 50)}
+    path = training.train(data, out, steps=8, **options)
+    recipe = _metadata(path)["recipe"]
+    assert "8 steps" in recipe and "average 0.999 of step 4" in recipe
+    assert _metadata(path)["validation_psnr"] == "23.000 dB (sigma 25), 21.000 dB (sigma 50)"
+    short = training.train(data, tmp_path / "b", steps=8, **TINY)  # without validation: the last
+    assert not _equal(*(XDnCNN.from_pretrained(p).state_dict() for p in (path, short)))
+    last = _last(out)
+    saved = XDnCNN.from_pretrained(path).state_dict()
+    assert _equal(saved, last["best"]["average"]) and not _equal(saved, last["average"])
+    # It stays the best of a run that goes on; of other images it is not comparable.
+    path.unlink()
+    training.train(data, out, steps=10, resume=True, **options | {"validations": 5})
+    assert _equal(saved, XDnCNN.from_pretrained(path).state_dict())
+    Image.new("L", (20, 20)).save(data.parent / "other.png")
+    (data.parent / "other").mkdir()
+    (data.parent / "other.png").rename(data.parent / "other" / "a.png")
+    options["val"] = data.parent / "other"
+    training.train(data, out, steps=10, resume=True, **options)
+    assert "validation_psnr" not in _metadata(path)
+    assert _equal(XDnCNN.from_pretrained(path).state_dict(), _last(out)["average"])
 
 
 def test_noise_of_a_range(data: Path, out: Path) -> None:
@@ -787,3 +822,33 @@ def test_lightning_is_imported_by_training_alone() -> None:
     """
     done = _python(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_throughput_is_measured() -> None:
+    bench = Path(__file__).parents[1] / "benches/throughput.py"
+    done = subprocess.run(
+        [sys.executable, str(bench), "--tiny"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    title, heading, *rows = done.stdout.splitlines()
+    assert title.startswith("patches per second, 1 patches of 8×8 a step, 1 thread(s)")
+    assert heading.split() == ["ours", "plain", "ratio"]
+    assert len(rows) == 5
+    for row in rows[:-1]:
+        ours, plain, ratio = (float(value.rstrip("×")) for value in row.split()[-3:])
+        assert ours / plain == pytest.approx(ratio, rel=0.1) and plain > 0
+    assert float(rows[-1].split()[-1]) > 0
+
+
+def test_the_page_names_tests_that_exist() -> None:
+    tests = Path(__file__).parent
+    page = (tests.parent / "docs/training.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", page)
+    assert len(named) >= 12
+    for file, name in named:
+        text = (tests / (file or "test_training.py")).read_text(encoding="utf-8")
+        assert f"def {name}(" in text, name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from .. import images
 
-__all__ = ["Patches", "read_folder"]
+__all__ = ["Patches", "fingerprint", "read_folder"]
 
 
 def read_folder(folder: str | os.PathLike[str], channels: int) -> list[npt.NDArray[np.uint8]]:
@@ -40,6 +41,14 @@ def read_folder(folder: str | os.PathLike[str], channels: int) -> list[npt.NDArr
     return result
 
 
+def fingerprint(found: Sequence[npt.NDArray[np.uint8]]) -> str:
+    """Number of images and a checksum of their pixels: the same data, wherever it lies."""
+    checksum = 0
+    for pixels in found:
+        checksum = zlib.crc32(pixels.tobytes(), checksum)
+    return f"{len(found)} images, crc32 {checksum:08x}"
+
+
 class Patches:
     """Random square patches, flipped and turned, with white Gaussian noise.
 
@@ -63,13 +72,6 @@ class Patches:
         self.seed = seed
         area = np.array([p.shape[0] * p.shape[1] for p in self.images], dtype=np.float64)
         self._cumulative = np.cumsum(area / area.sum())
-
-    def fingerprint(self) -> str:
-        """Number of images and a checksum of their pixels: the same data, wherever it lies."""
-        checksum = 0
-        for pixels in self.images:
-            checksum = zlib.crc32(pixels.tobytes(), checksum)
-        return f"{len(self.images)} images, crc32 {checksum:08x}"
 
     def batch(
         self, index: int, count: int, sigma: float | tuple[float, float]

@@ -20,7 +20,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ from ..evaluation import evaluate
 from ..models import Network, XDnCNN, create_model, from_pretrained, list_models
 from ..models._base import ResidualDenoiser
 from . import report
-from .data import Patches, read_folder
+from .data import Patches, fingerprint, read_folder
 
 if TYPE_CHECKING:  # in typing itself only from Python 3.11 on
     from typing_extensions import Self
@@ -90,7 +90,8 @@ def train(
 
     The loss is the mean of ``(model(x + n) − x)²``, or of its absolute value; Adam, with a learning
     rate that rises to `lr` and falls to nearly 0, over `steps` or over `time_budget`, whichever is
-    used up first. The result is the moving average of the weights.
+    used up first. The result is the moving average of the weights: at the end, or, with `val`, at
+    the validation of the highest PSNR, the mean over `val_sigma`.
 
     data: folder of clean images.
     val: folder of clean images for PSNR along the way (kair), and SSIM if all are of 11×11 or more,
@@ -179,7 +180,7 @@ def train(
     pictures = patches.images
     if val is not None:
         pictures = read_folder(val, channels)  # its faults should show now, not after an hour
-        validation.folder = Path(val)
+        validation.folder, validation.images = Path(val), fingerprint(pictures)
         validation.ssim = all(min(p.shape[:2]) >= 11 for p in pictures)
     validation.pictures = pictures[:3]
     config: dict[str, Any] = {
@@ -198,7 +199,7 @@ def train(
         "features": features,
         "depth": depth,
         "ema_decay": float(ema_decay),
-        "data": patches.fingerprint(),
+        "data": fingerprint(patches.images),
     }
     _needs("lightning", "matplotlib", "tensorboard", *(["skimage"] if validation.ssim else []))
     job = _Job(
@@ -241,7 +242,12 @@ class _Validation:
     times: int  # over the run
     folder: Path | None = None
     ssim: bool = False
+    images: str = ""  # their fingerprint
     pictures: list[npt.NDArray[np.uint8]] = field(default_factory=list)
+
+    def fingerprint(self) -> str:
+        """Of all that PSNRs must have in common to be compared."""
+        return f"{self.images}, sigma {', '.join(map(str, self.sigmas))}"
 
 
 @dataclass
@@ -326,6 +332,7 @@ class _Run:
         self.loss: float | None = None  # in that line
         self.validated = 0  # how often
         self.scores: dict[float, tuple[float, float | None]] = {}  # PSNR, SSIM by sigma
+        self.best: dict[str, Any] | None = None  # of the validations
         self.log_size = 0
 
     @property
@@ -341,10 +348,10 @@ class _Run:
         job, first = self.job, self.fabric.is_global_zero
         self._origin = time.monotonic() - self.elapsed
         last_save = last_picture = time.monotonic()
-        pixels = self.config["batch_size"] * self.config["patch_size"] ** 2
+        batch = self.config["batch_size"]
         with (
             _Signals() as signals,
-            report.Progress(self._state(), pixels, self.config["loss"], quiet=not first) as bar,
+            report.Progress(self._state(), batch, self.config["loss"], quiet=not first) as bar,
             report.Log(self.out, self.log_size, self.step) if first else _NoLog() as log,
         ):
             while True:
@@ -376,6 +383,8 @@ class _Run:
                     raise KeyboardInterrupt if caught == signal.SIGINT else SystemExit(128 + caught)
             self.save(log)
         if first:
+            if self.best is not None:
+                self.average.load_state_dict(self.best["average"])
             self._draw()
 
     def _train_step(self, rate: float) -> float:
@@ -430,6 +439,15 @@ class _Run:
             self.scores[float(sigma)] = result.psnr, result.ssim
             elapsed = time.monotonic() - self._origin
             log.write(self.step, elapsed, sigma=sigma, psnr=result.psnr, ssim=result.ssim)
+        psnr = math.fsum(score for score, _ in self.scores.values()) / len(self.scores)
+        if self.best is None or psnr >= self.best["psnr"]:
+            self.best = {
+                "of": validation.fingerprint(),
+                "psnr": psnr,
+                "step": self.step,
+                "scores": dict(self.scores),
+                "average": copy.deepcopy(self.average.state_dict()),
+            }
 
     def _learning_rate(self) -> float:
         peak, progress = float(self.config["lr"]), self.progress
@@ -456,17 +474,7 @@ class _Run:
         torch._foreach_lerp_(averages, values, newest)
 
     def _state(self) -> report.State:
-        return report.State(self.step, self.progress, self.loss, self._measured(0, " dB"))
-
-    def _measured(self, which: int, unit: str = "") -> str:
-        """PSNR (0) or SSIM (1) of the last validation."""
-        found = {sigma: scores[which] for sigma, scores in self.scores.items()}
-        digits = 4 if which else 3
-        return ", ".join(
-            f"{value:.{digits}f}{unit} (sigma {sigma:g})"
-            for sigma, value in found.items()
-            if value is not None
-        )
+        return report.State(self.step, self.progress, self.loss, _measured(self.scores, 0, " dB"))
 
     def _draw(self) -> None:
         validation, log = self.job.validation, self.out / "log.csv"
@@ -492,6 +500,7 @@ class _Run:
             "loss": (self.loss_sum, self.loss_count),
             "validated": self.validated,
             "scores": self.scores,
+            "best": self.best,
             "log_size": log.size,
         }
         with replacing(self.out / "last.pt") as temporary:
@@ -518,6 +527,9 @@ class _Run:
         self.step, self.elapsed = state["step"], state["elapsed"]
         self.loss_sum, self.loss_count = state["loss"]
         self.scores, self.log_size = state["scores"], state["log_size"]
+        best = state["best"]
+        if best is not None and best["of"] == self.job.validation.fingerprint():
+            self.best = best
         self.validated = min(state["validated"], int(self.progress * self.job.validation.times))
         if self.fabric.is_global_zero:
             for left in self.out.glob(".xunit-rs-*.tmp"):  # by a run that was killed
@@ -528,11 +540,13 @@ class _Run:
         if not self.fabric.is_global_zero:
             return path
         config, given = self.config, self.job.metadata
+        scores = {} if self.best is None else self.best["scores"]
+        which = "" if self.best is None else f" of step {self.best['step']}"
         recipe = (
             f"{self.step} steps of {config['batch_size']} patches {config['patch_size']}x"
             f"{config['patch_size']}, {config['loss']}, Adam, lr {config['lr']:g}, warm-up and "
-            f"{config['schedule']}, average {config['ema_decay']:g}, {config['precision']}, seed "
-            f"{config['seed']}, {self.elapsed:.0f} s on {self.fabric.world_size} x "
+            f"{config['schedule']}, average {config['ema_decay']:g}{which}, {config['precision']}, "
+            f"seed {config['seed']}, {self.elapsed:.0f} s on {self.fabric.world_size} x "
             f"{self.fabric.device.type}"
         )
         metadata = {
@@ -542,14 +556,14 @@ class _Run:
             "license": given["license"],
         }
         folder = self.job.validation.folder
-        if self.scores and folder:
+        if scores and folder:
             metadata |= {
                 "validation_data": folder.resolve().name,
-                "validation_psnr": self._measured(0, " dB"),
+                "validation_psnr": _measured(scores, 0, " dB"),
                 "protocol": "kair",
             }
             if self.job.validation.ssim:
-                metadata["validation_ssim"] = self._measured(1)
+                metadata["validation_ssim"] = _measured(scores, 1)
         if isinstance(self.average, Network):
             try:
                 self.average.save(path, **metadata)
@@ -621,7 +635,9 @@ def _output_folder(out: Path, resume: bool, result: str) -> Path:
         raise NotADirectoryError(f"{out}: is a file; the results of training go to a folder")
     checkpoint = out / "last.pt"
     if resume and not checkpoint.is_file():
-        raise FileNotFoundError(f"{checkpoint}: no checkpoint to resume from")
+        raise FileNotFoundError(
+            f"{checkpoint}: no checkpoint to resume from; without resume the run starts anew"
+        )
     if not resume:
         for path in (checkpoint, out / result):
             if path.exists():
@@ -681,6 +697,18 @@ def _start_from(model: Network, init: str | os.PathLike[str]) -> None:
 
 def _pair(sigma: float | tuple[float, float]) -> tuple[float, ...]:
     return sigma if isinstance(sigma, tuple) else (sigma,)
+
+
+def _measured(
+    scores: Mapping[float, tuple[float, float | None]], which: int, unit: str = ""
+) -> str:
+    """PSNR (0) or SSIM (1) of a validation, by sigma."""
+    digits = 4 if which else 3
+    return ", ".join(
+        f"{values[which]:.{digits}f}{unit} (sigma {sigma:g})"
+        for sigma, values in scores.items()
+        if values[which] is not None
+    )
 
 
 def _precision(name: str, accelerator: str) -> str:

@@ -43,9 +43,10 @@ class Progress:
     """Lines on stderr: a live one on a terminal, else one every half minute."""
 
     def __init__(
-        self, start: State, pixels: int, loss: str, *, quiet: bool, stream: TextIO | None = None
+        self, start: State, patches: int, loss: str, *, quiet: bool, stream: TextIO | None = None
     ) -> None:
-        self.pixels, self.quiet, self.squares = pixels, quiet, loss == "mse"
+        """patches: in a step."""
+        self.patches, self.quiet, self.squares = patches, quiet, loss == "mse"
         self.stream = sys.stderr if stream is None else stream
         self.live = not quiet and self.stream.isatty()
         self.first = start
@@ -69,7 +70,7 @@ class Progress:
         parts = [
             f"{gauge(state.progress)} {100 * state.progress:.1f} %",
             f"step {state.step}",
-            f"{(state.step - self.first.step) * self.pixels / spent / 1e6:.3f} Mpixel/s",
+            f"{(state.step - self.first.step) * self.patches / spent:.1f} patches/s",
             f"{_clock(left)} left",
         ]
         if state.loss:
