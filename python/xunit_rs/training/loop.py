@@ -527,7 +527,7 @@ class _Run:
         self.step, self.elapsed = state["step"], state["elapsed"]
         self.loss_sum, self.loss_count = state["loss"]
         self.scores, self.log_size = state["scores"], state["log_size"]
-        best = state["best"]
+        best = state.get("best")
         if best is not None and best["of"] == self.job.validation.fingerprint():
             self.best = best
         self.validated = min(state["validated"], int(self.progress * self.job.validation.times))
