@@ -553,6 +553,10 @@ impl<T: Scalar, const K: usize, const BLOCK: bool> Tile<T, K, BLOCK> {
 /// it, at each of J shifts, meets the gradients of the I rows that reach it through the I rows of
 /// taps. Lanes are added up, in `f64`, after a block of rows: a long sum in `f32` lanes would lose
 /// digits.
+///
+/// Minimal filtering, as in [`Forward`], does not pay: 5/9 of the multiply-adds for k = 9, but 135 sums to
+/// add up over lanes where there are 81, and two planes to transform. A training step of an xUnit was 2 %
+/// faster by it at 16 × 64 × 64 × 64, 5 % at 256 × 256, and up to 3 % slower at 64 × 64 × 40 × 40 (Zen 4).
 pub struct WeightGradient<'a, T> {
     /// oh rows, `grad_ld` apart.
     pub grad: &'a [T],
