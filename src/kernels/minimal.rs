@@ -3,8 +3,8 @@
 //!
 //! A kernel of k rows is ⌈k / 3⌉ groups of three: the tiles of their inputs are the same, so that an
 //! input is transformed once, and their products are added up before they are transformed back. The
-//! points of interpolation are ±1/2, ±3/2 and ∞: rounding errors are 1.4 times those of plain sums
-//! (k = 9, float32; 0, ±1, 2 and ∞ make 1.7 of it).
+//! points of interpolation are ±1/2, ±3/2 and ∞: in a simulation of k = 9 in float32 rounding errors were 1.4
+//! times those of plain sums, by 0, ±1, 2 and ∞ 1.7 times.
 
 use crate::simd::{Scalar, Simd};
 

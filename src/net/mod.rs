@@ -100,7 +100,7 @@ pub struct Network {
 }
 
 /// The memory that rows of activations may take, unless the caller says otherwise: an image that is
-/// wider than this allows is computed in panels. xDnCNN takes 200 KB for each column.
+/// wider than this allows is computed in panels. xDnCNN takes 160 KB for each column.
 const MEMORY: usize = 320 << 20;
 
 /// The largest file that is read: a thousand times the published networks.
