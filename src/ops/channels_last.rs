@@ -363,6 +363,7 @@ fn parameters<T: Scalar>(
             true => Ok(Window::new(&wide)),
             false => Err(Padded::new(geometry, block)),
         };
+        let offsets = window.as_ref().err().map_or_else(Vec::new, Padded::offsets);
         let strip = window.as_ref().map_or_else(Padded::strip, |window| window.strip(&wide));
         let mut at = Scratch::new(strip * ow * block);
         at.fill(T::ZERO);
@@ -401,7 +402,7 @@ fn parameters<T: Scalar>(
                             count: (rows, ow),
                             input: &padded.data,
                             steps: padded.steps(),
-                            offsets: &padded.offsets(),
+                            offsets: &offsets,
                             sum: &mut sum,
                         });
                     }
