@@ -80,7 +80,7 @@ fn convolution() {
             }
             convolution_of(kh, kw, 5, w, true);
             // Those that minimal filtering computes: every count of tiles of the register tiles.
-            if kh == 9 || kh == 11 {
+            if matches!(kh, 7 | 9 | 11) {
                 convolution_of(kh, kw, 6 + w % 19, w, false);
                 convolution_of(kh, kw, 6 + w % 7, w, true);
             }

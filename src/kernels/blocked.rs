@@ -9,7 +9,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::activation::Gate;
-use super::minimal;
+use super::minimal::{self, Filter};
 use crate::memory::Line;
 use crate::simd::{Kernel, Simd};
 
@@ -371,8 +371,8 @@ pub struct GateWeights {
     k: usize,
     /// (blocks, k, k, lanes); of [`minimal`] filtering (blocks, points, k, groups, lanes).
     taps: Vec<f32>,
-    /// Groups of rows of taps of minimal filtering, 0 where the sums are plain.
-    groups: usize,
+    /// None where the sums are plain.
+    filter: Option<Filter>,
     /// Whole blocks.
     bias: Vec<f32>,
     /// The gate sees relu(map(v)), or v.
@@ -396,18 +396,18 @@ impl GateWeights {
         for Maps { centre, scale, shift } in rectifier.iter().chain([&after]) {
             assert!([centre, scale, shift].iter().all(|list| list.len() == len));
         }
-        Self { gate, k, taps, groups: 0, bias, rectifier, after }
+        Self { gate, k, taps, filter: None, bias, rectifier, after }
     }
 
-    /// Takes rows in threes by minimal filtering, where that is faster: then where a sum is not finite
-    /// others around it may not be either.
+    /// Takes rows by minimal filtering, where that is faster: then where a sum is not finite others
+    /// around it may not be either.
     pub fn filtered(self, lanes: usize) -> Self {
-        let (k, groups) = (self.k, minimal::groups(self.k));
-        match groups {
-            0 => self,
-            _ => Self {
-                taps: minimal::transform_taps(&self.taps, (k, k), groups, lanes),
-                groups,
+        let (k, filter) = (self.k, Filter::of(self.k));
+        match filter {
+            None => self,
+            Some(of) => Self {
+                taps: minimal::transform_taps(&self.taps, (k, k), of, lanes),
+                filter,
                 ..self
             },
         }
@@ -419,10 +419,8 @@ impl GateWeights {
 
     /// The elements that a [`Gated`] of so many rows and pixels needs.
     pub fn scratch(&self, rows: usize, pixels: usize, lanes: usize) -> usize {
-        let rows = match self.groups {
-            0 => rows.min(MAX_ROWS) + self.k - 1,
-            groups => (rows.min(MAX_ROWS).div_ceil(minimal::TILE) + groups - 1) * minimal::POINTS,
-        };
+        let rows = rows.min(MAX_ROWS);
+        let rows = self.filter.map_or(rows + self.k - 1, |filter| filter.rows(rows));
         rows * (pixels + self.k - 1) * lanes
     }
 }
@@ -436,10 +434,10 @@ pub fn padding(range: &Range<usize>, halo: usize, len: usize) -> (usize, usize) 
 /// there more than once; the more, the more of the second-level cache they take.
 const MAX_ROWS: usize = 24;
 
-/// Tiles of minimal filtering down a column that a register tile has, at most.
-const STRIP: usize = 4;
 /// Pixels of the widest register tile of a [`Gated`].
 const MAX_TILE: usize = 6;
+/// Rows and vectors of the largest register tile of minimal filtering.
+const MAX_SUMS: usize = 12 * MAX_TILE;
 
 /// out = after(x · g(bias + taps ⋆ u)), u = relu(map(v)) or v: rows of all blocks.
 pub struct Gated<'a> {
@@ -464,7 +462,7 @@ impl Kernel<f32> for Gated<'_> {
     #[inline(always)]
     fn run<S: Simd<f32>>(mut self, simd: S) -> bool {
         let mut check = simd.splat(0.0);
-        let &GateWeights { k, groups, .. } = self.weights;
+        let &GateWeights { k, filter, .. } = self.weights;
         let (lanes, rows) = (simd.lanes(), self.out.len());
         let [top, bottom, left, right] = self.padding;
         let blocks = self.weights.bias.len() / lanes;
@@ -479,18 +477,20 @@ impl Kernel<f32> for Gated<'_> {
         for block in 0..blocks {
             for y in (0..rows).step_by(MAX_ROWS) {
                 let rows = y..rows.min(y + MAX_ROWS);
-                // SAFETY: rows of out, by the assertions above; `groups` of k are what `new` asked for.
-                unsafe {
-                    check = match groups {
-                        0 => {
+                // SAFETY: rows of out, by the assertions above.
+                let of_rows = unsafe {
+                    match filter.map(|filter| (filter.tile, filter.groups)) {
+                        None => {
                             self.plain(simd, block, rows);
-                            check
+                            continue;
                         }
-                        3 => simd.add(check, self.minimal::<S, 3>(simd, block, rows)),
-                        4 => simd.add(check, self.minimal::<S, 4>(simd, block, rows)),
-                        _ => unreachable!("{groups} groups"),
+                        Some((3, 3)) => self.minimal::<S, 3, 5, 3>(simd, block, rows),
+                        Some((4, 2)) => self.minimal::<S, 4, 7, 2>(simd, block, rows),
+                        Some((4, 3)) => self.minimal::<S, 4, 7, 3>(simd, block, rows),
+                        Some(filter) => unreachable!("{filter:?}"),
                     }
-                }
+                };
+                check = simd.add(check, of_rows);
             }
         }
         simd.sum(check) == 0.0
@@ -711,13 +711,13 @@ impl Gated<'_> {
         }
     }
 
-    /// Rows of outputs by minimal filtering down the columns, of which the taps are G groups. Returns
-    /// zeros if all sums are finite.
+    /// Rows of outputs by minimal filtering down the columns, M rows in P points, of which the taps are
+    /// G groups. Returns zeros if all sums are finite.
     ///
     /// # Safety
     /// As [`Gated::plain`].
     #[inline(always)]
-    unsafe fn minimal<S: Simd<f32>, const G: usize>(
+    unsafe fn minimal<S: Simd<f32>, const M: usize, const P: usize, const G: usize>(
         &mut self,
         simd: S,
         block: usize,
@@ -727,23 +727,37 @@ impl Gated<'_> {
         let mut check = zero;
         // SAFETY: the caller's promise; the tiles are transformed before they are read.
         unsafe {
-            for tile in 0..rows.len().div_ceil(minimal::TILE) + G - 1 {
-                let at = (tile, rows.start + tile * minimal::TILE);
+            for tile in 0..rows.len().div_ceil(M) + G - 1 {
+                let at = (tile, rows.start + tile * M);
                 match self.rectifier(simd, block) {
-                    Some(maps) => self.transform::<S, true>(simd, block, at, maps),
-                    None => self.transform::<S, false>(simd, block, at, [zero; 3]),
+                    Some(maps) => self.transform::<S, M, P, true>(simd, block, at, maps),
+                    None => self.transform::<S, M, P, false>(simd, block, at, [zero; 3]),
                 }
             }
+            // 20 or 18 accumulators and 3 taps fit 32 registers, 8 or 12 and 3 or 2 fit 16.
+            let wide = match (S::TILE_VECTORS == 4, M) {
+                (true, 3) => 5,
+                (true, _) => 6,
+                (false, 3) => 2,
+                (false, _) => 3,
+            };
             let mut x = 0;
             while x < self.pixels {
-                // 20 accumulators and 3 taps fit 32 registers, 8 and 3 fit 16.
-                let (of_tiles, wide) = match (S::TILE_VECTORS == 4, self.pixels - x) {
-                    (true, 5..) => (self.tiles::<S, 5, G>(simd, block, rows.clone(), x), 5),
-                    (false, 2..) => (self.tiles::<S, 2, G>(simd, block, rows.clone(), x), 2),
-                    _ => (self.tiles::<S, 1, G>(simd, block, rows.clone(), x), 1),
+                let (rows, last) = (rows.clone(), self.pixels.saturating_sub(wide));
+                let of_tiles = if self.pixels < wide {
+                    self.tiles::<S, M, P, 1, G>(simd, block, rows, x)
+                } else {
+                    // The last tile may lie on the one before.
+                    let x = x.min(last);
+                    match wide {
+                        6 => self.tiles::<S, M, P, 6, G>(simd, block, rows, x),
+                        5 => self.tiles::<S, M, P, 5, G>(simd, block, rows, x),
+                        3 => self.tiles::<S, M, P, 3, G>(simd, block, rows, x),
+                        _ => self.tiles::<S, M, P, 2, G>(simd, block, rows, x),
+                    }
                 };
                 check = simd.add(check, of_tiles);
-                x += wide;
+                x += if self.pixels < wide { 1 } else { wide };
             }
         }
         check
@@ -754,38 +768,36 @@ impl Gated<'_> {
     /// # Safety
     /// What `run` asserts.
     #[inline(always)]
-    unsafe fn transform<S: Simd<f32>, const RECTIFY: bool>(
+    unsafe fn transform<S: Simd<f32>, const M: usize, const P: usize, const RECTIFY: bool>(
         &mut self,
         simd: S,
         block: usize,
         (tile, row): (usize, usize),
         maps: [S::V; 3],
     ) {
-        const POINTS: usize = minimal::POINTS;
         let (lanes, width, step) = (simd.lanes(), self.width(), self.v[0].step);
         let [_, _, left, right] = self.padding;
-        let mut rows = [self.row(block, row); POINTS];
-        let mut inside = [false; POINTS];
-        for i in 0..POINTS {
+        let mut rows = [self.row(block, row); P];
+        let mut inside = [false; P];
+        for i in 0..P {
             (rows[i], inside[i]) = (self.row(block, row + i), self.is_inside(row + i));
         }
         // What the next tile reads.
-        let next = [
-            self.row(block, row + POINTS),
-            self.row(block, row + POINTS + 1),
-            self.row(block, row + POINTS + 2),
-        ];
+        let mut next = [self.row(block, row); M];
+        for (i, next) in next.iter_mut().enumerate() {
+            *next = self.row(block, row + P + i);
+        }
         let whole = inside.iter().all(|&inside| inside);
-        let tile = &mut self.scratch[tile * POINTS * width * lanes..][..POINTS * width * lanes];
+        let tile = &mut self.scratch[tile * P * width * lanes..][..P * width * lanes];
         for point in tile.chunks_exact_mut(width * lanes) {
             point[..left * lanes].fill(0.0);
             point[(width - right) * lanes..].fill(0.0);
         }
         for x in 0..width - left - right {
-            let mut d = [simd.splat(0.0); POINTS];
+            let mut d = [simd.splat(0.0); P];
             // SAFETY: all rows have these pixels, and the tile those of all points.
             unsafe {
-                for i in 0..POINTS {
+                for i in 0..P {
                     d[i] = simd.load(rows[i].add(x * step));
                     if RECTIFY {
                         d[i] = rectified(simd, maps, d[i]);
@@ -798,30 +810,36 @@ impl Gated<'_> {
                     simd.prefetch(row.wrapping_add(x * step));
                 }
                 let to = tile.as_mut_ptr().add((left + x) * lanes);
-                for (p, &v) in minimal::transform_input(simd, d).iter().enumerate() {
+                for (p, &v) in minimal::transform_input::<_, S, M, P>(simd, d).iter().enumerate() {
                     simd.store(v, to.add(p * width * lanes));
                 }
             }
         }
     }
 
-    /// Rows of C pixels, up to [`STRIP`] tiles at a time. Returns zeros if all sums are finite.
+    /// Rows of C pixels, up to twelve at a time. Returns zeros if all sums are finite.
     ///
     /// # Safety
     /// What `run` asserts; the pixels must be inside, their tiles transformed.
     #[inline(always)]
-    unsafe fn tiles<S: Simd<f32>, const C: usize, const G: usize>(
+    unsafe fn tiles<
+        S: Simd<f32>,
+        const M: usize,
+        const P: usize,
+        const C: usize,
+        const G: usize,
+    >(
         &self,
         simd: S,
         block: usize,
         rows: Range<usize>,
         x: usize,
     ) -> S::V {
-        const POINTS: usize = minimal::POINTS;
         let (weights, lanes) = (self.weights, simd.lanes());
         let mut check = simd.splat(0.0);
-        let mut products = MaybeUninit::<[[[Line; MAX_TILE]; STRIP]; POINTS]>::uninit();
-        let mut sums = MaybeUninit::<[[Line; MAX_TILE]; STRIP * minimal::TILE]>::uninit();
+        // Of which products of M rows are a tile.
+        let mut products = MaybeUninit::<[[Line; MAX_SUMS / 3]; P]>::uninit();
+        let mut sums = MaybeUninit::<[Line; MAX_SUMS]>::uninit();
         let (products, sums) =
             (products.as_mut_ptr().cast::<f32>(), sums.as_mut_ptr().cast::<f32>());
         // Of the tile after this one, while there are products to compute.
@@ -836,24 +854,27 @@ impl Gated<'_> {
             let bias = simd.load(weights.bias.as_ptr().add(block * lanes));
             let mut first = rows.start;
             while first < rows.end {
-                let tile = (first - rows.start) / minimal::TILE;
-                let tiles = (rows.end - first).div_ceil(minimal::TILE);
-                let tiles = [STRIP, 2].into_iter().find(|&some| tiles >= some).unwrap_or(1);
-                for point in 0..POINTS {
+                let tile = (first - rows.start) / M;
+                let tiles = (rows.end - first).div_ceil(M);
+                let tiles = [12 / M, 2].into_iter().find(|&some| tiles >= some).unwrap_or(1);
+                for point in 0..P {
                     let at = (tile, x, point);
                     match tiles {
-                        STRIP => self.products::<S, STRIP, C, G>(simd, block, at, products),
-                        2 => self.products::<S, 2, C, G>(simd, block, at, products),
-                        _ => self.products::<S, 1, C, G>(simd, block, at, products),
+                        4 => self.products::<S, P, 4, C, G>(simd, block, at, products),
+                        3 => self.products::<S, P, 3, C, G>(simd, block, at, products),
+                        2 => self.products::<S, P, 2, C, G>(simd, block, at, products),
+                        _ => self.products::<S, P, 1, C, G>(simd, block, at, products),
                     }
                 }
                 for at in 0..tiles * C {
-                    let mut m = [bias; POINTS];
+                    let mut m = [bias; P];
                     for (point, m) in m.iter_mut().enumerate() {
                         *m = simd.load(products.add((point * tiles * C + at) * lanes));
                     }
-                    for (i, &v) in minimal::transform_output(simd, m).iter().enumerate() {
-                        let (row, v) = (at / C * minimal::TILE + i, simd.add(v, bias));
+                    for (i, &v) in
+                        minimal::transform_output::<_, S, M, P>(simd, m).iter().enumerate()
+                    {
+                        let (row, v) = (at / C * M + i, simd.add(v, bias));
                         // What lies below the last row is made of rows that do not exist.
                         if first + row < rows.end {
                             check = simd.fma(v, simd.splat(0.0), check);
@@ -861,7 +882,7 @@ impl Gated<'_> {
                         simd.store(v, sums.add((row * C + at % C) * lanes));
                     }
                 }
-                let end = (first + tiles * minimal::TILE).min(rows.end);
+                let end = (first + tiles * M).min(rows.end);
                 self.gate::<S, C>(simd, block, first..end, x, sums);
                 first = end;
             }
@@ -875,7 +896,13 @@ impl Gated<'_> {
     /// # Safety
     /// The tiles must be transformed, T + G − 1 of them.
     #[inline(always)]
-    unsafe fn products<S: Simd<f32>, const T: usize, const C: usize, const G: usize>(
+    unsafe fn products<
+        S: Simd<f32>,
+        const P: usize,
+        const T: usize,
+        const C: usize,
+        const G: usize,
+    >(
         &self,
         simd: S,
         block: usize,
@@ -887,9 +914,9 @@ impl Gated<'_> {
         let mut acc = [[zero; C]; T];
         // SAFETY: the caller's promise.
         unsafe {
-            let first = (tile * minimal::POINTS + point) * row + x * lanes;
+            let first = (tile * P + point) * row + x * lanes;
             let from = self.scratch.as_ptr().add(first);
-            let taps = (block * minimal::POINTS + point) * k * G * lanes;
+            let taps = (block * P + point) * k * G * lanes;
             let taps = self.weights.taps.as_ptr().add(taps);
             for j in 0..k {
                 let mut w = [zero; G];
@@ -899,7 +926,7 @@ impl Gated<'_> {
                 macro_rules! rows {
                     ($($i:literal)+) => {$(
                         if $i < T + G - 1 {
-                            let from = from.add($i * minimal::POINTS * row + j * lanes);
+                            let from = from.add($i * P * row + j * lanes);
                             for c in 0..C {
                                 let v = simd.load(from.add(c * lanes));
                                 for g in 0..G {

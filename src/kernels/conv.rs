@@ -3,7 +3,7 @@
 //! Both read a zero-padded plane of rows `ld` apart, so that no tap needs a border check. The
 //! forward tile keeps 6 rows × TILE_VECTORS vectors of outputs in registers and slides down the
 //! input: a loaded vector feeds up to six output rows, a broadcast tap all vectors of a row. The
-//! input gradient is the same convolution with the taps turned by 180°. Kernels of 9 and 11 rows go by
+//! input gradient is the same convolution with the taps turned by 180°. Kernels of 7, 9 and 11 rows go by
 //! [`minimal`] filtering down the columns, in the same tiles. The weight gradient keeps a tile of taps in
 //! registers: a loaded vector of input meets the gradients of up to five rows.
 //!
@@ -14,7 +14,8 @@
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
-use super::{MAX_LANES, minimal};
+use super::MAX_LANES;
+use super::minimal::{self, Filter};
 use crate::memory::Line;
 use crate::simd::{Kernel, Scalar, Simd};
 
@@ -31,28 +32,25 @@ pub struct Taps<T> {
     plain: Vec<T>,
     kernel: (usize, usize),
     block: usize,
-    /// (points, kw, groups, block), and the groups of rows of taps, of [`minimal`] filtering down the
-    /// columns; none where the sums are plain.
-    minimal: Option<(Vec<T>, usize)>,
+    /// (points, kw, groups, block) of [`minimal`] filtering down the columns; none where the sums are
+    /// plain.
+    minimal: Option<(Vec<T>, Filter)>,
 }
 
 impl<T: Scalar> Taps<T> {
     /// `taps` are kh × kw for each of `block` channels, which lie next to each other; `rows` are those
-    /// of the planes: rows are taken in threes where that is faster.
+    /// of the planes: rows are filtered where that is faster.
     pub fn new(taps: Vec<T>, (kh, kw): (usize, usize), block: usize, rows: usize) -> Self {
         assert!(taps.len() == kh * kw * block);
-        let groups = if rows < 2 * minimal::TILE { 0 } else { minimal::groups(kh) };
-        let minimal =
-            (groups > 0).then(|| (minimal::transform_taps(&taps, (kh, kw), groups, block), groups));
+        let minimal = Filter::of(kh)
+            .filter(|filter| rows >= 2 * filter.tile)
+            .map(|filter| (minimal::transform_taps(&taps, (kh, kw), filter, block), filter));
         Self { plain: taps, kernel: (kh, kw), block, minimal }
     }
 
     /// The elements that a [`Forward`] of so many rows of outputs needs.
     pub fn scratch(&self, rows: usize, ow: usize) -> usize {
-        let of = |&(_, groups): &(Vec<T>, usize)| {
-            (rows.div_ceil(minimal::TILE) + groups - 1) * minimal::POINTS * self.row(ow)
-        };
-        self.minimal.as_ref().map_or(0, of)
+        self.minimal.as_ref().map_or(0, |(_, filter)| filter.rows(rows) * self.row(ow))
     }
 
     /// Elements of a row of tiles: of the padded plane, and as many more as make whole vectors.
@@ -87,11 +85,14 @@ impl<T: Scalar> Kernel<T> for Forward<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(mut self, simd: S) {
-        let filtered = match (&self.taps.minimal, self.taps.block) {
-            (Some((_, 3)), 1) => self.minimal::<S, 3, false>(simd),
-            (Some((_, 4)), 1) => self.minimal::<S, 4, false>(simd),
-            (Some((_, 3)), _) => self.minimal::<S, 3, true>(simd),
-            (Some((_, 4)), _) => self.minimal::<S, 4, true>(simd),
+        let filter = self.taps.minimal.as_ref().map(|(_, filter)| (filter.tile, filter.groups));
+        let filtered = match (filter, self.taps.block) {
+            (Some((3, 3)), 1) => self.minimal::<S, 3, 5, 3, false>(simd),
+            (Some((3, 3)), _) => self.minimal::<S, 3, 5, 3, true>(simd),
+            (Some((4, 2)), 1) => self.minimal::<S, 4, 7, 2, false>(simd),
+            (Some((4, 2)), _) => self.minimal::<S, 4, 7, 2, true>(simd),
+            (Some((4, 3)), 1) => self.minimal::<S, 4, 7, 3, false>(simd),
+            (Some((4, 3)), _) => self.minimal::<S, 4, 7, 3, true>(simd),
             _ => false,
         };
         if filtered {
@@ -171,16 +172,19 @@ impl<T: Scalar> Forward<'_, T> {
         oh
     }
 
-    /// By minimal filtering, of G groups of rows of taps: whether all outputs are finite.
+    /// By minimal filtering, M rows in P points, of G groups of rows of taps: whether all outputs are
+    /// finite.
     #[inline(always)]
-    fn minimal<S: Simd<T>, const G: usize, const BLOCK: bool>(&mut self, simd: S) -> bool {
-        const TILE: usize = minimal::TILE;
+    fn minimal<S: Simd<T>, const M: usize, const P: usize, const G: usize, const BLOCK: bool>(
+        &mut self,
+        simd: S,
+    ) -> bool {
         let (oh, lanes) = (self.rows::<S, BLOCK>(simd), simd.lanes());
         assert!(self.scratch.len() >= self.taps.scratch(oh, self.ow));
-        let mut next = Ahead::new(self.next, oh.div_ceil(TILE) + G - 1);
-        for tile in 0..oh.div_ceil(TILE) + G - 1 {
+        let mut next = Ahead::new(self.next, oh.div_ceil(M) + G - 1);
+        for tile in 0..oh.div_ceil(M) + G - 1 {
             // SAFETY: a row of tiles that the scratch has room for.
-            unsafe { self.transform(simd, tile) };
+            unsafe { self.transform::<S, M, P>(simd, tile) };
             next.ask(simd, 1);
         }
         let mut check = simd.splat(T::ZERO);
@@ -193,13 +197,13 @@ impl<T: Scalar> Forward<'_, T> {
             let last = (self.ow - x - (wide - 1) * lanes).min(lanes);
             let mut y = 0;
             while y < oh {
-                let left = (oh - y).div_ceil(TILE);
+                let left = (oh - y).div_ceil(M);
                 let high = [6, 4, 2].into_iter().find(|&high| left >= high).unwrap_or(1);
                 macro_rules! tiles {
                     ($($wide:literal: $($high:literal)+,)+) => {
                         match (wide, high) {
                             $($(($wide, $high) => {
-                                self.tiles::<S, $wide, $high, G, BLOCK>(simd, (y, x), last)
+                                self.tiles::<S, M, P, $wide, $high, G, BLOCK>(simd, (y, x), last)
                             })+)+
                             _ => unreachable!("{wide} × {high}"),
                         }
@@ -211,7 +215,7 @@ impl<T: Scalar> Forward<'_, T> {
                     tiles! { 1: 1 2 4 6, 2: 1 2 4 6, 3: 1 2 4 6, 4: 1 2 4 6, }
                 };
                 check = simd.add(check, of_tiles);
-                y += high * TILE;
+                y += high * M;
             }
             x += wide * lanes;
         }
@@ -224,27 +228,30 @@ impl<T: Scalar> Forward<'_, T> {
     /// # Safety
     /// The scratch must have room for it; what `rows` asserts.
     #[inline(always)]
-    unsafe fn transform<S: Simd<T>>(&mut self, simd: S, tile: usize) {
-        const POINTS: usize = minimal::POINTS;
+    unsafe fn transform<S: Simd<T>, const M: usize, const P: usize>(
+        &mut self,
+        simd: S,
+        tile: usize,
+    ) {
         let Taps { kernel: (kh, kw), block, .. } = *self.taps;
         let (row, to_row) = (row_length(self.ow, (kw - 1) * block + 1), self.taps.row(self.ow));
         let last = self.out.len() / self.ow + kh - 2;
-        let mut rows = [self.input.as_ptr(); POINTS];
+        let mut rows = [self.input.as_ptr(); P];
         for (i, at) in rows.iter_mut().enumerate() {
-            *at = self.input[(tile * minimal::TILE + i).min(last) * self.ld..].as_ptr();
+            *at = self.input[(tile * M + i).min(last) * self.ld..].as_ptr();
         }
-        let to = self.scratch[tile * POINTS * to_row..][..POINTS * to_row].as_mut_ptr();
+        let to = self.scratch[tile * P * to_row..][..P * to_row].as_mut_ptr();
         let mut x = 0;
         loop {
             // A row is a vector long at least: the last one may begin inside the one before.
             x = x.min(row - simd.lanes());
-            let mut d = [simd.splat(T::ZERO); POINTS];
+            let mut d = [simd.splat(T::ZERO); P];
             // SAFETY: elements of all rows, and of those of the scratch.
             unsafe {
                 for (d, row) in d.iter_mut().zip(&rows) {
                     *d = simd.load(row.add(x));
                 }
-                for (p, &v) in minimal::transform_input(simd, d).iter().enumerate() {
+                for (p, &v) in minimal::transform_input::<T, S, M, P>(simd, d).iter().enumerate() {
                     simd.store(v, to.add(p * to_row + x));
                 }
             }
@@ -263,6 +270,8 @@ impl<T: Scalar> Forward<'_, T> {
     #[inline(always)]
     unsafe fn tiles<
         S: Simd<T>,
+        const M: usize,
+        const P: usize,
         const C: usize,
         const H: usize,
         const G: usize,
@@ -273,15 +282,14 @@ impl<T: Scalar> Forward<'_, T> {
         (y, x): (usize, usize),
         last: usize,
     ) -> S::V {
-        const POINTS: usize = minimal::POINTS;
         let (lanes, ow, oh) = (simd.lanes(), self.ow, self.out.len() / self.ow);
-        let mut products = MaybeUninit::<[[[Line; C]; H]; POINTS]>::uninit();
+        let mut products = MaybeUninit::<[[[Line; C]; H]; P]>::uninit();
         let products = products.as_mut_ptr().cast::<T>();
         let mut check = simd.splat(T::ZERO);
         // SAFETY: the caller's promise; a line for each vector, which is no longer.
         unsafe {
-            for point in 0..POINTS {
-                let acc = self.products::<S, C, H, G, BLOCK>(simd, (y, x), point);
+            for point in 0..P {
+                let acc = self.products::<S, M, P, C, H, G, BLOCK>(simd, (y, x), point);
                 for (h, acc) in acc.iter().enumerate() {
                     for (c, &acc) in acc.iter().enumerate() {
                         simd.store(acc, products.add(((point * H + h) * C + c) * lanes));
@@ -291,12 +299,14 @@ impl<T: Scalar> Forward<'_, T> {
             let bias = of_channel::<T, S, BLOCK>(simd, self.bias.as_ptr(), 0);
             for h in 0..H {
                 for c in 0..C {
-                    let mut m = [bias; POINTS];
+                    let mut m = [bias; P];
                     for (point, m) in m.iter_mut().enumerate() {
                         *m = simd.load(products.add(((point * H + h) * C + c) * lanes));
                     }
-                    for (i, &v) in minimal::transform_output(simd, m).iter().enumerate() {
-                        let row = y + h * minimal::TILE + i;
+                    for (i, &v) in
+                        minimal::transform_output::<T, S, M, P>(simd, m).iter().enumerate()
+                    {
+                        let row = y + h * M + i;
                         if row >= oh {
                             break;
                         }
@@ -324,6 +334,8 @@ impl<T: Scalar> Forward<'_, T> {
     #[inline(always)]
     unsafe fn products<
         S: Simd<T>,
+        const M: usize,
+        const P: usize,
         const C: usize,
         const H: usize,
         const G: usize,
@@ -334,7 +346,6 @@ impl<T: Scalar> Forward<'_, T> {
         (y, x): (usize, usize),
         point: usize,
     ) -> [[S::V; C]; H] {
-        const POINTS: usize = minimal::POINTS;
         let (lanes, row, kw) = (simd.lanes(), self.taps.row(self.ow), self.taps.kernel.1);
         let step = if BLOCK { lanes } else { 1 };
         let zero = simd.splat(T::ZERO);
@@ -342,8 +353,8 @@ impl<T: Scalar> Forward<'_, T> {
         let Some((taps, _)) = &self.taps.minimal else { return acc };
         // SAFETY: the caller's promise; there are taps for each point, column and group.
         unsafe {
-            let tile = y / minimal::TILE;
-            let from = self.scratch.as_ptr().add((tile * POINTS + point) * row + x);
+            let tile = y / M;
+            let from = self.scratch.as_ptr().add((tile * P + point) * row + x);
             let taps = taps.as_ptr().add(point * kw * G * step);
             for j in 0..kw {
                 let mut w = [zero; G];
@@ -354,7 +365,7 @@ impl<T: Scalar> Forward<'_, T> {
                 macro_rules! rows {
                     ($($i:literal)+) => {$(
                         if $i < H + G - 1 {
-                            let from = from.add($i * POINTS * row);
+                            let from = from.add($i * P * row);
                             for c in 0..C {
                                 let v = simd.load(from.add(c * lanes));
                                 for g in 0..G {

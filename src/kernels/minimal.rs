@@ -1,52 +1,91 @@
-//! Minimal filtering F(3, 3) along one axis, for kernels of many taps: three outputs of three taps by
-//! five products in place of nine. Winograd, "Arithmetic Complexity of Computations" (1980).
+//! Minimal filtering F(M, M) along one axis, for kernels of many taps: M outputs of M taps by 2 M − 1
+//! products in place of M². Winograd, "Arithmetic Complexity of Computations" (1980).
 //!
-//! A kernel of k rows is ⌈k / 3⌉ groups of three: the tiles of their inputs are the same, so that an
+//! A kernel of k rows is ⌈k / M⌉ groups of M: the tiles of their inputs are the same, so that an
 //! input is transformed once, and their products are added up before they are transformed back. The
-//! points of interpolation are ±1/2, ±3/2 and ∞: in a simulation of k = 9 in float32 rounding errors were 1.4
-//! times those of plain sums, by 0, ±1, 2 and ∞ 1.7 times.
+//! points of interpolation are ±p and ∞. In a simulation in float32 the rounding errors of F(3, 3) with
+//! k = 9 were 1.4 times those of plain sums, by 0, ±1, 2 and ∞ 1.7 times; those of F(4, 4) with k = 7
+//! 2.4 times, by 0, ±1/2, ±1, 2 and ∞ 3.0 times.
 
 use crate::simd::{Scalar, Simd};
 
-/// Outputs of a tile, and taps of a group.
-pub const TILE: usize = 3;
-/// Inputs of a tile, and its products.
-pub const POINTS: usize = 5;
+/// How the rows of a kernel are filtered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Filter {
+    /// Outputs of a tile, and taps of a group.
+    pub tile: usize,
+    pub groups: usize,
+}
 
-/// The points but ∞: ±[`A`] and ±[`B`].
-const A: f64 = 0.5;
-const B: f64 = 1.5;
-
-/// The groups that k rows of taps make, 0 where plain sums are as fast.
-///
-/// One thread of a Zen 4, AVX-512, depthwise forward of 16 × 64 × 64 × 64 and 64 × 64 × 40 × 40 in
-/// milliseconds: k = 9 7.0 and 12.7, plain 8.2 and 13.5; k = 7, of which the third group has one row, 6.2 and
-/// 11.1, plain 5.9 and 9.1. The products run at the peak; the transforms and the memory do not.
-pub fn groups(k: usize) -> usize {
-    match k {
-        9 | 11 => k.div_ceil(TILE),
-        _ => 0,
+impl Filter {
+    /// Of k rows of taps; none where plain sums are as fast.
+    pub fn of(k: usize) -> Option<Self> {
+        let tile = match k {
+            9 => 3,
+            7 | 11 => 4,
+            _ => return None,
+        };
+        Some(Self { tile, groups: k.div_ceil(tile) })
     }
+
+    /// Inputs of a tile, and its products.
+    pub fn points(self) -> usize {
+        2 * self.tile - 1
+    }
+
+    /// Rows of transformed inputs, of all points, that so many rows of outputs read.
+    pub fn rows(self, outputs: usize) -> usize {
+        (outputs.div_ceil(self.tile) + self.groups - 1) * self.points()
+    }
+}
+
+/// The points but ∞: each stands for itself and its negative.
+const fn points(tile: usize) -> &'static [f64] {
+    match tile {
+        3 => &[0.5, 1.5],
+        _ => &[0.35, 0.9, 2.0],
+    }
+}
+
+/// The coefficients of ∏ (x − p²) of all points but one, from the constant on.
+#[inline(always)]
+fn product(tile: usize, but: usize) -> [f64; 4] {
+    let mut out = [1.0, 0.0, 0.0, 0.0];
+    for (i, p) in points(tile).iter().enumerate() {
+        if i != but {
+            out = [
+                -p * p * out[0],
+                out[0] - p * p * out[1],
+                out[1] - p * p * out[2],
+                out[2] - p * p * out[3],
+            ];
+        }
+    }
+    out
 }
 
 /// (blocks, k, columns, lanes) to (blocks, points, columns, groups, lanes).
 pub fn transform_taps<T: Scalar>(
     taps: &[T],
     (k, columns): (usize, usize),
-    groups: usize,
+    filter: Filter,
     lanes: usize,
 ) -> Vec<T> {
+    let Filter { tile, groups } = filter;
     // The powers of each point over the product of its distances to the others.
-    let row = |p: f64, other: f64| {
-        let n = 2.0 * p * (p * p - other * other);
-        [1.0 / n, p / n, p * p / n]
-    };
-    let g = [row(A, B), row(-A, B), row(B, A), row(-B, A), [0.0, 0.0, 1.0]];
-    let mut out = Vec::with_capacity(taps.len() / k * groups * POINTS);
+    let mut g = Vec::new();
+    for (i, &p) in points(tile).iter().enumerate() {
+        let others = (0..tile - 1).filter(|&j| j != i).map(|j| points(tile)[j]);
+        let distances = others.map(|q| p * p - q * q).product::<f64>() * 2.0 * p;
+        let row = |p: f64, n: f64| (0..tile).map(|e| p.powi(e as i32) / n).collect::<Vec<_>>();
+        g.extend([row(p, distances), row(-p, -distances)]);
+    }
+    g.push((0..tile).map(|e| f64::from(u8::from(e + 1 == tile))).collect());
+    let mut out = Vec::with_capacity(taps.len() / k * groups * g.len());
     for taps in taps.chunks_exact(k * columns * lanes) {
         for powers in &g {
             for j in 0..columns {
-                for first in (0..groups * TILE).step_by(TILE) {
+                for first in (0..groups * tile).step_by(tile) {
                     for lane in 0..lanes {
                         let of_row = |(i, power): (usize, &f64)| {
                             power * taps[(i * columns + j) * lanes + lane].to_f64()
@@ -63,33 +102,64 @@ pub fn transform_taps<T: Scalar>(
 
 /// Bᵀ d.
 #[inline(always)]
-pub fn transform_input<T: Scalar, S: Simd<T>>(simd: S, d: [S::V; POINTS]) -> [S::V; POINTS] {
-    let (a, b) = (simd.splat(T::from_f64(A)), simd.splat(T::from_f64(B)));
-    let (a2, b2) = (simd.splat(T::from_f64(-A * A)), simd.splat(T::from_f64(-B * B)));
-    let (even_a, odd_a) = (simd.fma(b2, d[1], d[3]), simd.mul(a, simd.fma(b2, d[0], d[2])));
-    let (even_b, odd_b) = (simd.fma(a2, d[1], d[3]), simd.mul(b, simd.fma(a2, d[0], d[2])));
-    let last = simd.fma(simd.splat(T::from_f64(-A * A - B * B)), d[2], d[4]);
-    [
-        simd.add(even_a, odd_a),
-        simd.sub(even_a, odd_a),
-        simd.add(even_b, odd_b),
-        simd.sub(even_b, odd_b),
-        simd.fma(simd.splat(T::from_f64(A * A * B * B)), d[0], last),
-    ]
+pub fn transform_input<T: Scalar, S: Simd<T>, const M: usize, const P: usize>(
+    simd: S,
+    d: [S::V; P],
+) -> [S::V; P] {
+    const { assert!(P == 2 * M - 1) };
+    let of = |x: f64| simd.splat(T::from_f64(x));
+    let mut out = d;
+    for (i, &p) in points(M).iter().enumerate() {
+        // Even and odd part of the tile as a polynomial.
+        let (mut odd, mut even) = (d[2 * M - 3], d[2 * M - 4]);
+        let coefficients = product(M, i);
+        for c in (0..M - 2).rev() {
+            odd = simd.fma(of(coefficients[c]), d[2 * c + 1], odd);
+            even = simd.fma(of(coefficients[c]), d[2 * c], even);
+        }
+        let even = simd.mul(of(p), even);
+        out[2 * i] = simd.add(odd, even);
+        out[2 * i + 1] = simd.sub(odd, even);
+    }
+    let mut last = d[P - 1];
+    let coefficients = product(M, M);
+    for c in (0..M - 1).rev() {
+        last = simd.fma(of(coefficients[c]), d[2 * c], last);
+    }
+    out[P - 1] = last;
+    out
 }
 
 /// Aᵀ m.
 #[inline(always)]
-pub fn transform_output<T: Scalar, S: Simd<T>>(simd: S, m: [S::V; POINTS]) -> [S::V; TILE] {
-    let (even_a, odd_a) = (simd.add(m[0], m[1]), simd.sub(m[0], m[1]));
-    let (even_b, odd_b) = (simd.add(m[2], m[3]), simd.sub(m[2], m[3]));
-    let (a, b) = (simd.splat(T::from_f64(A)), simd.splat(T::from_f64(B)));
-    let last = simd.fma(simd.splat(T::from_f64(A * A)), even_a, m[4]);
-    [
-        simd.add(even_a, even_b),
-        simd.fma(a, odd_a, simd.mul(b, odd_b)),
-        simd.fma(simd.splat(T::from_f64(B * B)), even_b, last),
-    ]
+pub fn transform_output<T: Scalar, S: Simd<T>, const M: usize, const P: usize>(
+    simd: S,
+    m: [S::V; P],
+) -> [S::V; M] {
+    const { assert!(P == 2 * M - 1) };
+    let of = |x: f64| simd.splat(T::from_f64(x));
+    let mut parts = m;
+    for i in 0..M - 1 {
+        let (at, at_negative) = (m[2 * i], m[2 * i + 1]);
+        parts[2 * i] = simd.add(at, at_negative);
+        parts[2 * i + 1] = simd.sub(at, at_negative);
+    }
+    // Powers of points, from 1 on.
+    let mut powers = [1.0; 4];
+    let mut out = [m[P - 1]; M];
+    for (t, out) in out.iter_mut().enumerate() {
+        for (i, &p) in points(M).iter().enumerate() {
+            let part = parts[2 * i + t % 2];
+            *out = match (t, i) {
+                (0, 0) => part,
+                (0, _) => simd.add(part, *out),
+                (_, 0) if t + 1 < M => simd.mul(of(powers[i]), part),
+                _ => simd.fma(of(powers[i]), part, *out),
+            };
+            powers[i] *= p;
+        }
+    }
+    out
 }
 
 #[cfg(test)]
@@ -97,42 +167,47 @@ mod tests {
     use super::*;
     use crate::simd::{self, Kernel, Scalar};
 
-    /// Three outputs of five inputs and three taps.
-    struct Tile {
-        d: [f32; POINTS],
-        taps: [f32; TILE],
+    /// M outputs of P inputs and M taps.
+    struct Tile<const M: usize, const P: usize> {
+        d: [f32; P],
+        taps: [f32; M],
     }
 
-    impl Kernel<f32> for Tile {
-        type Output = [f32; TILE];
+    impl<const M: usize, const P: usize> Kernel<f32> for Tile<M, P> {
+        type Output = [f32; M];
 
-        fn run<S: Simd<f32>>(self, simd: S) -> [f32; TILE] {
+        fn run<S: Simd<f32>>(self, simd: S) -> [f32; M] {
             let lanes = simd.lanes();
-            let mut taps = vec![0.0; 9 * lanes];
+            let mut taps = vec![0.0; M * lanes];
             for (i, &tap) in self.taps.iter().enumerate() {
-                taps[i * 3 * lanes] = tap;
+                taps[i * lanes] = tap;
             }
-            let u = transform_taps(&taps, (3, 3), 1, lanes);
-            let v = transform_input(simd, self.d.map(|d| simd.splat(d)));
+            let u = transform_taps(&taps, (M, 1), Filter { tile: M, groups: 1 }, lanes);
+            let v = transform_input::<_, S, M, P>(simd, self.d.map(|d| simd.splat(d)));
             let mut m = v;
             for (point, m) in m.iter_mut().enumerate() {
-                *m = simd.mul(*m, simd.splat(u[point * 3 * lanes]));
+                *m = simd.mul(*m, simd.splat(u[point * lanes]));
             }
-            transform_output(simd, m).map(|v| simd.sum(v) / lanes as f32)
+            transform_output::<_, S, M, P>(simd, m).map(|v| simd.sum(v) / lanes as f32)
+        }
+    }
+
+    fn a_tile_is_the_convolution<const M: usize, const P: usize>() {
+        for isa in simd::available() {
+            for (i, tap) in (0..P).flat_map(|i| (0..M).map(move |tap| (i, tap))) {
+                let mut job = Tile::<M, P> { d: [0.0; P], taps: [0.0; M] };
+                (job.d[i], job.taps[tap]) = (3.0, 2.0);
+                for (o, got) in f32::dispatch(isa, job).into_iter().enumerate() {
+                    let expected = if o + tap == i { 6.0 } else { 0.0 };
+                    assert!((got - expected).abs() < 1e-5, "{M}, {isa}, {i}, {tap}, {o}: {got}");
+                }
+            }
         }
     }
 
     #[test]
-    fn a_tile_is_the_convolution() {
-        for isa in simd::available() {
-            for (i, tap) in (0..POINTS).flat_map(|i| (0..TILE).map(move |tap| (i, tap))) {
-                let mut job = Tile { d: [0.0; POINTS], taps: [0.0; TILE] };
-                (job.d[i], job.taps[tap]) = (3.0, 2.0);
-                for (o, got) in f32::dispatch(isa, job).into_iter().enumerate() {
-                    let expected = if o + tap == i { 6.0 } else { 0.0 };
-                    assert!((got - expected).abs() < 1e-5, "{isa}, {i}, {tap}, {o}: {got}");
-                }
-            }
-        }
+    fn tiles_are_the_convolution() {
+        a_tile_is_the_convolution::<3, 5>();
+        a_tile_is_the_convolution::<4, 7>();
     }
 }

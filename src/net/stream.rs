@@ -13,7 +13,6 @@ use super::layers::{Conv, Layer};
 use super::rings::{Ring, Shared};
 use super::{NetError, Network};
 use crate::kernels::blocked::{First, GateWeights, Gated, Last, Sink, padding};
-use crate::kernels::minimal;
 use crate::kernels::winograd::{Convolve, EXTENT, TILE};
 use crate::ops::scratch::Scratch;
 use crate::parallel::{self, Threads};
@@ -22,7 +21,7 @@ use crate::simd;
 /// Rows of a task: whole tiles of the convolutions and of the gates. Of 8, 16 and 32 rows, before gates
 /// had tiles, 16 took as long as 8 and twice the memory, 32 longer (gray-sigma25 at 321 × 481, Zen 4, 1 and 2
 /// threads, four interleaved rounds).
-const STEP: usize = minimal::TILE * TILE;
+const STEP: usize = 3 * TILE;
 /// Tiles of a row of a task, about: with a layer's weights, their transforms fit the second-level
 /// cache. 16 and 48 take up to a tenth longer than 24 and 32 (as above).
 const CHUNK: usize = 32;

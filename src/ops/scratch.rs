@@ -6,7 +6,8 @@ use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
 
 use crate::kernels::activation::{Affine, Fill};
-use crate::kernels::{MAX_LANES, conv, minimal};
+use crate::kernels::minimal::Filter;
+use crate::kernels::{MAX_LANES, conv};
 use crate::memory::{self, Line};
 use crate::shape::Geometry;
 use crate::simd::{self, Scalar};
@@ -185,7 +186,9 @@ fn strip_rows(geometry: &Geometry, ld: usize, size: usize) -> usize {
     let (oh, kh) = (geometry.oh, geometry.conv.kh);
     let most = (STRIP_BYTES / (ld * size)).saturating_sub(kh - 1).max(kh).max(16);
     // Whole tiles of minimal filtering.
-    oh.div_ceil(oh.div_ceil(most)).next_multiple_of(minimal::TILE).min(oh)
+    oh.div_ceil(oh.div_ceil(most))
+        .next_multiple_of(Filter::of(kh).map_or(1, |filter| filter.tile))
+        .min(oh)
 }
 
 #[cfg(test)]
