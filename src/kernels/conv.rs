@@ -26,6 +26,9 @@ pub fn row_length(ow: usize, kw: usize) -> usize {
     ow.next_multiple_of(MAX_LANES) + kw - 1
 }
 
+/// Tiles of minimal filtering down a column of the tallest register tile.
+const MAX_TILES: usize = 6;
+
 /// The taps of a plane or block.
 pub struct Taps<T> {
     /// kh × kw, each of `block` channels.
@@ -50,7 +53,10 @@ impl<T: Scalar> Taps<T> {
 
     /// The elements that a [`Forward`] of so many rows of outputs needs.
     pub fn scratch(&self, rows: usize, ow: usize) -> usize {
-        self.minimal.as_ref().map_or(0, |(_, filter)| filter.rows(rows) * self.row(ow))
+        let of = |(_, filter): &(_, Filter)| {
+            filter.rows(rows.min(MAX_TILES * filter.tile)) * self.row(ow)
+        };
+        self.minimal.as_ref().map_or(0, of)
     }
 
     /// Elements of a row of tiles: of the padded plane, and as many more as make whole vectors.
@@ -181,24 +187,25 @@ impl<T: Scalar> Forward<'_, T> {
     ) -> bool {
         let (oh, lanes) = (self.rows::<S, BLOCK>(simd), simd.lanes());
         assert!(self.scratch.len() >= self.taps.scratch(oh, self.ow));
-        let mut next = Ahead::new(self.next, oh.div_ceil(M) + G - 1);
-        for tile in 0..oh.div_ceil(M) + G - 1 {
-            // SAFETY: a row of tiles that the scratch has room for.
-            unsafe { self.transform::<S, M, P>(simd, tile) };
-            next.ask(simd, 1);
-        }
+        let mut next = Ahead::new(self.next, oh.div_ceil(M));
         let mut check = simd.splat(T::ZERO);
         // As in `forward`.
         let vectors = self.ow.div_ceil(lanes);
         let tiles = vectors.div_ceil(S::TILE_VECTORS);
-        let mut x = 0;
-        for t in 0..tiles {
-            let wide = (vectors - x / lanes).div_ceil(tiles - t);
-            let last = (self.ow - x - (wide - 1) * lanes).min(lanes);
-            let mut y = 0;
-            while y < oh {
-                let left = (oh - y).div_ceil(M);
-                let high = [6, 4, 2].into_iter().find(|&high| left >= high).unwrap_or(1);
+        let mut y = 0;
+        while y < oh {
+            let left = (oh - y).div_ceil(M);
+            let high = [MAX_TILES, 4, 2].into_iter().find(|&high| left >= high).unwrap_or(1);
+            // No more rows than these tiles read: they stay in the first-level cache.
+            for tile in 0..high + G - 1 {
+                // SAFETY: a row of tiles that the scratch has room for.
+                unsafe { self.transform::<S, M, P>(simd, tile, y + tile * M) };
+            }
+            next.ask(simd, high);
+            let mut x = 0;
+            for t in 0..tiles {
+                let wide = (vectors - x / lanes).div_ceil(tiles - t);
+                let last = (self.ow - x - (wide - 1) * lanes).min(lanes);
                 macro_rules! tiles {
                     ($($wide:literal: $($high:literal)+,)+) => {
                         match (wide, high) {
@@ -215,15 +222,15 @@ impl<T: Scalar> Forward<'_, T> {
                     tiles! { 1: 1 2 4 6, 2: 1 2 4 6, 3: 1 2 4 6, 4: 1 2 4 6, }
                 };
                 check = simd.add(check, of_tiles);
-                y += high * M;
+                x += wide * lanes;
             }
-            x += wide * lanes;
+            y += high * M;
         }
         simd.sum(check) == T::ZERO
     }
 
-    /// Transforms a row of tiles to (points, elements of a row). Rows of input below the last are the
-    /// last again: no output that is written depends on them.
+    /// Transforms a row of tiles, of inputs from row `first` on, to (points, elements of a row). Rows of
+    /// input below the last are the last again: no output that is written depends on them.
     ///
     /// # Safety
     /// The scratch must have room for it; what `rows` asserts.
@@ -232,13 +239,14 @@ impl<T: Scalar> Forward<'_, T> {
         &mut self,
         simd: S,
         tile: usize,
+        first: usize,
     ) {
         let Taps { kernel: (kh, kw), block, .. } = *self.taps;
         let (row, to_row) = (row_length(self.ow, (kw - 1) * block + 1), self.taps.row(self.ow));
         let last = self.out.len() / self.ow + kh - 2;
         let mut rows = [self.input.as_ptr(); P];
         for (i, at) in rows.iter_mut().enumerate() {
-            *at = self.input[(tile * M + i).min(last) * self.ld..].as_ptr();
+            *at = self.input[(first + i).min(last) * self.ld..].as_ptr();
         }
         let to = self.scratch[tile * P * to_row..][..P * to_row].as_mut_ptr();
         let mut x = 0;
@@ -262,11 +270,11 @@ impl<T: Scalar> Forward<'_, T> {
         }
     }
 
-    /// `H` tiles down and C vectors across from row y and column x of the outputs on, of which the last
-    /// vector is of `last` elements. Returns zeros if all are finite.
+    /// The H rows of tiles that were transformed, of outputs from row y on, C vectors across from column
+    /// x on, of which the last is of `last` elements. Returns zeros if all are finite.
     ///
     /// # Safety
-    /// The tiles must be transformed, and the first rows of each be inside.
+    /// H + G − 1 rows of tiles must be transformed, and the first rows of H be inside.
     #[inline(always)]
     unsafe fn tiles<
         S: Simd<T>,
@@ -289,7 +297,7 @@ impl<T: Scalar> Forward<'_, T> {
         // SAFETY: the caller's promise; a line for each vector, which is no longer.
         unsafe {
             for point in 0..P {
-                let acc = self.products::<S, M, P, C, H, G, BLOCK>(simd, (y, x), point);
+                let acc = self.products::<S, P, C, H, G, BLOCK>(simd, x, point);
                 for (h, acc) in acc.iter().enumerate() {
                     for (c, &acc) in acc.iter().enumerate() {
                         simd.store(acc, products.add(((point * H + h) * C + c) * lanes));
@@ -334,7 +342,6 @@ impl<T: Scalar> Forward<'_, T> {
     #[inline(always)]
     unsafe fn products<
         S: Simd<T>,
-        const M: usize,
         const P: usize,
         const C: usize,
         const H: usize,
@@ -343,7 +350,7 @@ impl<T: Scalar> Forward<'_, T> {
     >(
         &self,
         simd: S,
-        (y, x): (usize, usize),
+        x: usize,
         point: usize,
     ) -> [[S::V; C]; H] {
         let (lanes, row, kw) = (simd.lanes(), self.taps.row(self.ow), self.taps.kernel.1);
@@ -353,8 +360,7 @@ impl<T: Scalar> Forward<'_, T> {
         let Some((taps, _)) = &self.taps.minimal else { return acc };
         // SAFETY: the caller's promise; there are taps for each point, column and group.
         unsafe {
-            let tile = y / M;
-            let from = self.scratch.as_ptr().add((tile * P + point) * row + x);
+            let from = self.scratch.as_ptr().add(point * row + x);
             let taps = taps.as_ptr().add(point * kw * G * step);
             for j in 0..kw {
                 let mut w = [zero; G];
