@@ -167,12 +167,12 @@ impl Kernel<f32> for Convolve<'_> {
         // SAFETY: the assertions above.
         unsafe {
             self.inputs(simd, tiles);
-            // 32 vector registers (AVX-512, NEON) hold 6 × 4 or 12 × 2 accumulators with their
-            // operands, 16 hold 6 × 2.
-            match (S::TILE_VECTORS == 4, outs.is_multiple_of(4)) {
-                (true, true) => self.products::<S, 6, 4>(simd, tiles),
-                (true, false) => self.products::<S, MAX_ROWS, 2>(simd, tiles),
-                _ => self.products::<S, 6, 2>(simd, tiles),
+            // 32 vector registers (AVX-512, NEON) hold 12 × 2 accumulators with their operands, 16
+            // hold 6 × 2.
+            if S::TILE_VECTORS == 4 {
+                self.products::<S, MAX_ROWS>(simd, tiles);
+            } else {
+                self.products::<S, 6>(simd, tiles);
             }
             self.outputs(simd, tiles);
         }
@@ -226,11 +226,7 @@ impl Convolve<'_> {
     /// # Safety
     /// What `run` asserts.
     #[inline(always)]
-    unsafe fn products<S: Simd<f32>, const R: usize, const V: usize>(
-        &mut self,
-        simd: S,
-        tiles: usize,
-    ) {
+    unsafe fn products<S: Simd<f32>, const R: usize>(&mut self, simd: S, tiles: usize) {
         let (stride, pitch) = (self.weights.stride(tiles), self.weights.pitch(tiles));
         for point in 0..POINTS {
             let mut t = 0;
@@ -241,13 +237,13 @@ impl Convolve<'_> {
                     let tile = self.scratch.as_mut_ptr().add(point * pitch + t * simd.lanes());
                     let buffer = self.scratch.as_mut_ptr().add(POINTS * pitch);
                     t += if left >= R {
-                        self.product::<S, R, V>(simd, point, (tile, stride), buffer)
+                        self.product::<S, R>(simd, point, (tile, stride), buffer)
                     } else if R > 6 && left >= 6 {
-                        self.product::<S, 6, V>(simd, point, (tile, stride), buffer)
+                        self.product::<S, 6>(simd, point, (tile, stride), buffer)
                     } else if left > 2 {
-                        self.product::<S, 4, V>(simd, point, (tile, stride), buffer)
+                        self.product::<S, 4>(simd, point, (tile, stride), buffer)
                     } else {
-                        self.product::<S, 2, V>(simd, point, (tile, stride), buffer)
+                        self.product::<S, 2>(simd, point, (tile, stride), buffer)
                     };
                 }
             }
@@ -259,7 +255,7 @@ impl Convolve<'_> {
     /// # Safety
     /// The tiles must be in the scratch, block after block.
     #[inline(always)]
-    unsafe fn product<S: Simd<f32>, const R: usize, const V: usize>(
+    unsafe fn product<S: Simd<f32>, const R: usize>(
         &self,
         simd: S,
         point: usize,
@@ -273,22 +269,22 @@ impl Convolve<'_> {
             let u = packed.as_ptr().add(point * outputs * inputs);
             let mut o = 0;
             while o < outputs {
-                let (u, left) = (u.add(o * inputs), (outputs - o) / lanes);
+                let u = u.add(o * inputs);
                 // Nobody reads the tiles after the last group.
-                let last = left <= V;
+                let last = outputs - o <= VECTORS * lanes;
                 let out = match last {
                     true => (tile.add(o / lanes * stride), stride),
                     false => (buffer.add(o * R), R * lanes),
                 };
-                if left >= V {
-                    mix::<S, R, V>(simd, (tile, stride), u, inputs / lanes, out);
+                if outputs - o >= VECTORS * lanes {
+                    mix::<S, R, VECTORS>(simd, (tile, stride), u, inputs / lanes, out);
                 } else {
                     mix::<S, R, 1>(simd, (tile, stride), u, inputs / lanes, out);
                 }
                 if last {
                     break;
                 }
-                o += V * lanes;
+                o += VECTORS * lanes;
             }
             for block in 0..o / lanes {
                 for r in 0..R {
@@ -345,8 +341,8 @@ impl Convolve<'_> {
     }
 }
 
-/// out\[r\] = Σᵢ tile\[r\]\[i\] · u\[i\]: R tiles of `blocks` blocks, V vectors of outputs, which are one or
-/// more groups. Tiles and outputs come with the elements from one block to the next.
+/// out\[r\] = Σᵢ tile\[r\]\[i\] · u\[i\]: R tiles of `blocks` blocks, V vectors of outputs. Both come
+/// with the elements from one block to the next.
 ///
 /// # Safety
 /// The tiles, all their inputs times V vectors of `u`, and R times V vectors of `out` must be in reach.
@@ -359,8 +355,6 @@ unsafe fn mix<S: Simd<f32>, const R: usize, const V: usize>(
     (out, out_stride): (*mut f32, usize),
 ) {
     let lanes = simd.lanes();
-    let together = V.min(VECTORS);
-    let group = blocks * lanes * VECTORS * lanes;
     let mut acc = [[simd.splat(0.0); V]; R];
     // SAFETY: the caller's promise.
     unsafe {
@@ -369,9 +363,9 @@ unsafe fn mix<S: Simd<f32>, const R: usize, const V: usize>(
             for i in 0..lanes {
                 let mut weight = [simd.splat(0.0); V];
                 for (v, weight) in weight.iter_mut().enumerate() {
-                    *weight = simd.load(u.add(v / VECTORS * group + v % VECTORS * lanes));
+                    *weight = simd.load(u.add(v * lanes));
                 }
-                u = u.add(together * lanes);
+                u = u.add(V * lanes);
                 for (r, acc) in acc.iter_mut().enumerate() {
                     let x = simd.splat(*tile.add(r * lanes + i));
                     for (acc, &weight) in acc.iter_mut().zip(&weight) {
