@@ -14,7 +14,7 @@ use rten_simd::isa::GenericIsa;
 #[cfg(target_arch = "x86_64")]
 use rten_simd::isa::{Avx2Isa, Avx512Isa};
 use rten_simd::ops::{BitOps, FloatOps, IntOps, NumOps};
-use rten_simd::{Isa as RtenIsa, Simd as _, SimdUnaryOp};
+use rten_simd::{Isa as RtenIsa, Simd as _};
 
 /// An instruction set that the kernels can run on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -317,7 +317,10 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
     }
     #[inline(always)]
     fn sigmoid(self, x: I::F32) -> I::F32 {
-        rten_vecmath::Sigmoid::default().eval(self.0, x)
+        // rten-vecmath's `Sigmoid` takes the exponential of both signs.
+        let (ops, one) = (self.0.f32(), self.0.f32().one());
+        let e = self.exp_negative(self.select_le_zero(x, x, ops.neg(x)));
+        ops.div(self.select_le_zero(x, e, one), ops.add(one, e))
     }
 }
 

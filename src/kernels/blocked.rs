@@ -310,9 +310,12 @@ impl Kernel<f32> for Last<'_> {
         for o in 0..self.weights.outputs() {
             let mut x = 0;
             while x < pixels {
-                // SAFETY: pixels x..x + 4 or x alone, inside by the assertions above.
+                // SAFETY: as many pixels as there are from x on at least, by the assertions above.
                 unsafe {
-                    if pixels - x >= 4 {
+                    if pixels - x >= 8 {
+                        self.tile::<S, 8>(simd, o, o * pixels, x);
+                        x += 8;
+                    } else if pixels - x >= 4 {
                         self.tile::<S, 4>(simd, o, o * pixels, x);
                         x += 4;
                     } else {
@@ -434,8 +437,6 @@ pub fn padding(range: &Range<usize>, halo: usize, len: usize) -> (usize, usize) 
 /// there more than once; the more, the more of the second-level cache they take.
 const MAX_ROWS: usize = 24;
 
-/// Pixels from those that are transformed to those that are asked for.
-const AHEAD: usize = 12;
 /// Pixels of the widest register tile of a [`Gated`].
 const MAX_TILE: usize = 6;
 /// Rows and vectors of the largest register tile of minimal filtering.
@@ -729,6 +730,13 @@ impl Gated<'_> {
         let mut check = zero;
         // SAFETY: the caller's promise; the tiles are transformed before they are read.
         unsafe {
+            for tile in 0..rows.len().div_ceil(M) + G - 1 {
+                let at = (tile, rows.start + tile * M);
+                match self.rectifier(simd, block) {
+                    Some(maps) => self.transform::<S, M, P, true>(simd, block, at, maps),
+                    None => self.transform::<S, M, P, false>(simd, block, at, [zero; 3]),
+                }
+            }
             // 20 or 18 accumulators and 3 taps fit 32 registers, 8 or 12 and 3 or 2 fit 16.
             let wide = match (S::TILE_VECTORS == 4, M) {
                 (true, 3) => 5,
@@ -736,23 +744,9 @@ impl Gated<'_> {
                 (false, 3) => 2,
                 (false, _) => 3,
             };
-            let (mut x, mut ready) = (0, 0);
+            let mut x = 0;
             while x < self.pixels {
                 let (rows, last) = (rows.clone(), self.pixels.saturating_sub(wide));
-                // As far as the next tiles read, which find them in the first-level cache.
-                let end = (x + wide).min(self.pixels) + self.weights.k - 1;
-                for tile in 0..rows.len().div_ceil(M) + G - 1 {
-                    let at = (tile, rows.start + tile * M);
-                    match self.rectifier(simd, block) {
-                        Some(maps) => {
-                            self.transform::<S, M, P, true>(simd, block, at, ready..end, maps)
-                        }
-                        None => {
-                            self.transform::<S, M, P, false>(simd, block, at, ready..end, [zero; 3])
-                        }
-                    }
-                }
-                ready = end;
                 let of_tiles = if self.pixels < wide {
                     self.tiles::<S, M, P, 1, G>(simd, block, rows, x)
                 } else {
@@ -772,8 +766,7 @@ impl Gated<'_> {
         check
     }
 
-    /// Transforms columns of a row of tiles of u, the first row of which is `row`: to (points, pixels,
-    /// lanes).
+    /// Transforms a row of tiles of u, the first row of which is `row`: to (points, pixels, lanes).
     ///
     /// # Safety
     /// What `run` asserts.
@@ -783,7 +776,6 @@ impl Gated<'_> {
         simd: S,
         block: usize,
         (tile, row): (usize, usize),
-        columns: Range<usize>,
         maps: [S::V; 3],
     ) {
         let (lanes, width, step) = (simd.lanes(), self.width(), self.v[0].step);
@@ -793,16 +785,18 @@ impl Gated<'_> {
         for i in 0..P {
             (rows[i], inside[i]) = (self.row(block, row + i), self.is_inside(row + i));
         }
+        // What the next tile reads.
+        let mut next = [self.row(block, row); M];
+        for (i, next) in next.iter_mut().enumerate() {
+            *next = self.row(block, row + P + i);
+        }
         let whole = inside.iter().all(|&inside| inside);
         let tile = &mut self.scratch[tile * P * width * lanes..][..P * width * lanes];
-        for x in columns {
-            if x < left || x >= width - right {
-                for point in tile.chunks_exact_mut(width * lanes) {
-                    point[x * lanes..][..lanes].fill(0.0);
-                }
-                continue;
-            }
-            let x = x - left;
+        for point in tile.chunks_exact_mut(width * lanes) {
+            point[..left * lanes].fill(0.0);
+            point[(width - right) * lanes..].fill(0.0);
+        }
+        for x in 0..width - left - right {
             let mut d = [simd.splat(0.0); P];
             // SAFETY: all rows have these pixels, and the tile those of all points.
             unsafe {
@@ -815,9 +809,8 @@ impl Gated<'_> {
                         d[i] = simd.splat(0.0);
                     }
                 }
-                // What the tile above does not read.
-                for row in &rows[M - 1..] {
-                    simd.prefetch(row.wrapping_add((x + AHEAD) * step));
+                for row in &next {
+                    simd.prefetch(row.wrapping_add(x * step));
                 }
                 let to = tile.as_mut_ptr().add((left + x) * lanes);
                 for (p, &v) in minimal::transform_input::<_, S, M, P>(simd, d).iter().enumerate() {

@@ -200,8 +200,8 @@ impl<T: Scalar> Forward<'_, T> {
             for tile in 0..high + G - 1 {
                 // SAFETY: a row of tiles that the scratch has room for.
                 unsafe { self.transform::<S, M, P>(simd, tile, y + tile * M) };
+                next.ask(simd, 1);
             }
-            next.ask(simd, high);
             let mut x = 0;
             for t in 0..tiles {
                 let wide = (vectors - x / lanes).div_ceil(tiles - t);
