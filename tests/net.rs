@@ -305,6 +305,24 @@ fn threads_change_no_bit() {
 }
 
 #[test]
+fn an_image_leaves_nothing_to_the_next() {
+    for architecture in ARCHITECTURES {
+        let network = Model::new(architecture, 1).network();
+        let denoise = |network: &Network, (h, w): (usize, usize), image: &[f32]| {
+            network.denoise(image, 1, h, w, 0, Threads::Own(2)).unwrap()
+        };
+        for (h, w) in [(70, 61), (20, 61), (70, 30)] {
+            let image = Noise(7).image(h * w);
+            let fresh = denoise(&Model::new(architecture, 1).network(), (h, w), &image);
+            for before in [f32::NAN, f32::INFINITY, -1e30] {
+                denoise(&network, (h, w), &vec![before; h * w]);
+                assert!(denoise(&network, (h, w), &image) == fresh, "{architecture}, {before}");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_nan_stays_within_the_halo() {
     let network = Model::new("xdncnn-2018", 1).network();
     let (h, w) = (40, 40);

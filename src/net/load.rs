@@ -2,6 +2,7 @@
 //! type and shape is checked, and nothing is allocated that the file does not hold.
 
 use std::collections::BTreeMap;
+use std::sync::Mutex;
 
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
@@ -47,7 +48,15 @@ pub(super) fn network(bytes: &[u8]) -> Result<Network, NetError> {
     if let Some(key) = file.tensors.keys().next() {
         return Err(file_error!("unexpected tensor {key:?} for a {}", architecture.name()));
     }
-    Ok(Network { architecture, channels, metadata: file.metadata, before, layers, tail })
+    Ok(Network {
+        architecture,
+        channels,
+        metadata: file.metadata,
+        before,
+        layers,
+        tail,
+        spare: Mutex::default(),
+    })
 }
 
 /// A parsed file; tensors leave it as they are used.

@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use crate::kernels::blocked::LastWeights;
 use crate::kernels::winograd::TILE;
@@ -25,7 +26,7 @@ use crate::memory;
 use crate::parallel::Threads;
 use crate::shape::{Batch, ShapeError};
 use layers::{Conv, Layer, Norm};
-use stream::{Job, Panel};
+use stream::{Job, Panel, Spare};
 
 /// Why a network cannot be loaded or an image not denoised.
 #[derive(Debug)]
@@ -97,6 +98,8 @@ pub struct Network {
     before: Norm,
     layers: Vec<Layer>,
     tail: LastWeights,
+    /// From one image to the next.
+    spare: Mutex<Option<Spare>>,
 }
 
 /// The memory that rows of activations may take, unless the caller says otherwise: an image that is

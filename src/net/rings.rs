@@ -8,6 +8,7 @@ use crate::memory::Aligned;
 
 /// The last so many rows of a blocked image: row y lies in slot y mod `rows`, (blocks, pixels, lanes),
 /// with zeros for padding on both sides. Rows above and below the image are zeros.
+#[derive(Debug)]
 pub(super) struct Ring {
     data: Aligned,
     rows: usize,
@@ -34,6 +35,11 @@ impl Ring {
         // One slot more: the row of zeros.
         let data = Aligned::new((rows + 1) * blocks * stride);
         Self { data, rows, height, blocks, lanes, pad, stride }
+    }
+
+    /// The bytes it takes.
+    pub(super) fn size(&self) -> usize {
+        self.data.len() * size_of::<f32>()
     }
 
     /// The bytes a pixel of width takes.
