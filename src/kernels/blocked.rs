@@ -439,8 +439,8 @@ const MAX_ROWS: usize = 24;
 
 /// Pixels of the widest register tile of a [`Gated`].
 const MAX_TILE: usize = 6;
-/// Rows and vectors of the largest register tile of minimal filtering.
-const MAX_SUMS: usize = 12 * MAX_TILE;
+/// Rows of outputs that a register tile of minimal filtering has, at most: whole tiles of all filters.
+const STRIP: usize = 12;
 
 /// out = after(x · g(bias + taps ⋆ u)), u = relu(map(v)) or v: rows of all blocks.
 pub struct Gated<'a> {
@@ -820,7 +820,7 @@ impl Gated<'_> {
         }
     }
 
-    /// Rows of C pixels, up to twelve at a time. Returns zeros if all sums are finite.
+    /// Rows of C pixels, up to [`STRIP`] at a time. Returns zeros if all sums are finite.
     ///
     /// # Safety
     /// What `run` asserts; the pixels must be inside, their tiles transformed.
@@ -840,9 +840,9 @@ impl Gated<'_> {
     ) -> S::V {
         let (weights, lanes) = (self.weights, simd.lanes());
         let mut check = simd.splat(0.0);
-        // Of which products of M rows are a tile.
-        let mut products = MaybeUninit::<[[Line; MAX_SUMS / 3]; P]>::uninit();
-        let mut sums = MaybeUninit::<[Line; MAX_SUMS]>::uninit();
+        // Tiles of three rows, the smallest, are the most.
+        let mut products = MaybeUninit::<[[Line; STRIP / 3 * MAX_TILE]; P]>::uninit();
+        let mut sums = MaybeUninit::<[[Line; MAX_TILE]; STRIP]>::uninit();
         let (products, sums) =
             (products.as_mut_ptr().cast::<f32>(), sums.as_mut_ptr().cast::<f32>());
         // Of the tile after this one, while there are products to compute.
@@ -859,7 +859,7 @@ impl Gated<'_> {
             while first < rows.end {
                 let tile = (first - rows.start) / M;
                 let tiles = (rows.end - first).div_ceil(M);
-                let tiles = [12 / M, 2].into_iter().find(|&some| tiles >= some).unwrap_or(1);
+                let tiles = [STRIP / M, 2].into_iter().find(|&some| tiles >= some).unwrap_or(1);
                 for point in 0..P {
                     let at = (tile, x, point);
                     match tiles {

@@ -3,8 +3,8 @@
 //! Both read a zero-padded plane of rows `ld` apart, so that no tap needs a border check. The
 //! forward tile keeps 6 rows × TILE_VECTORS vectors of outputs in registers and slides down the
 //! input: a loaded vector feeds up to six output rows, a broadcast tap all vectors of a row. The
-//! input gradient is the same convolution with the taps turned by 180°. Kernels of 7, 9 and 11 rows go by
-//! [`minimal`] filtering down the columns, in the same tiles. The weight gradient keeps a tile of taps in
+//! input gradient is the same convolution with the taps turned by 180°. Kernels of 7, 9 and 11 rows go
+//! by [`minimal`] filtering down the columns, in the same tiles. The weight gradient keeps a tile of taps in
 //! registers: a loaded vector of input meets the gradients of up to five rows.
 //!
 //! Both take planes, or blocks of as many channels as a vector has lanes, pixel by pixel: a block is

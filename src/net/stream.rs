@@ -18,7 +18,7 @@ use crate::ops::scratch::Scratch;
 use crate::parallel::{self, Threads};
 use crate::simd;
 
-/// Rows of a task: whole tiles of the convolutions and of the gates. Of 8, 16 and 32 rows, before gates
+/// Rows of a task: whole tiles of the convolutions and, of 3 or 4 rows, of the gates. Of 8, 16 and 32 rows, before gates
 /// had tiles, 16 took as long as 8 and twice the memory, 32 longer (gray-sigma25 at 321 × 481, Zen 4, 1 and 2
 /// threads, four interleaved rounds).
 const STEP: usize = 3 * TILE;
