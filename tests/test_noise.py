@@ -76,8 +76,8 @@ def test_the_nearest_model() -> None:
     levels = {"gray-sigma25": (25, 25), "gray-blind": (0, 55), "color-blind": (0, 55)}
     for sigma, channels, name in (
         (25, 1, "gray-sigma25"),
-        (23.6, 1, "gray-sigma25"),
-        (23.4, 1, "gray-blind"),
+        (24.1, 1, "gray-sigma25"),
+        (23.9, 1, "gray-blind"),
         (27, 1, "gray-blind"),
         (0, 1, "gray-blind"),
         (90, 1, "gray-blind"),
