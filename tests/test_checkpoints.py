@@ -169,7 +169,7 @@ def test_weights_of_the_package_say_what_they_are() -> None:
         assert loaded.config["channels"] == (3 if colour else 1)
         assert told["sigma"] == ("0-55" if level == "blind" else level)
         # Trained on another set than what they are measured on.
-        assert told["data"].startswith("CBSD400 (" if colour else "Train400 (")
+        assert told["data"].startswith("CBSD400 (")
         levels = (15, 25, 50) if level == "blind" else (level,)
         for test_set in ("CBSD68",) if colour else ("BSD68", "Set12"):
             for sigma in levels:
