@@ -84,6 +84,9 @@ pub fn selected() -> Isa {
 pub trait Scalar: Copy + Send + Sync + PartialOrd + Default + fmt::Debug + 'static {
     const ZERO: Self;
     const ONE: Self;
+    /// Whether convolutions go by minimal filtering where that is faster: half of all code, which the
+    /// gradient checks that `f64` is for can do without.
+    const FILTERED: bool;
     fn from_f64(x: f64) -> Self;
     fn to_f64(self) -> f64;
     /// `self · a + b`, rounded once or twice.
@@ -103,7 +106,8 @@ pub trait Kernel<T: Scalar> {
 pub trait Simd<T: Scalar>: Copy {
     type V: Copy;
     /// Column vectors of the widest register tile: 4 where there are 32 vector registers (AVX-512,
-    /// NEON), 2 where there are 16.
+    /// NEON), 2 where there are 16. What depends on it is in `if const`, or the compiler spends half its
+    /// time on tiles that nobody runs.
     const TILE_VECTORS: usize;
     /// Lanes of a vector.
     fn lanes(self) -> usize;
@@ -426,6 +430,7 @@ macro_rules! scalar {
         impl Scalar for $type {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
+            const FILTERED: bool = size_of::<Self>() == size_of::<f32>();
             #[inline(always)]
             fn from_f64(x: f64) -> Self {
                 x as $type

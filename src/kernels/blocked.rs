@@ -553,12 +553,16 @@ impl Gated<'_> {
                 let mut x = 0;
                 while x < self.pixels {
                     let at = (rows.start, y, x);
-                    x += match (tall, S::TILE_VECTORS == 4, self.pixels - x) {
-                        (true, true, 6..) => self.tile::<S, 4, 6>(simd, block, at),
-                        (true, _, 3..) => self.tile::<S, 4, 3>(simd, block, at),
-                        (true, ..) => self.tile::<S, 4, 1>(simd, block, at),
-                        (_, true, 6..) => self.tile::<S, 1, 6>(simd, block, at),
-                        (_, _, 3..) => self.tile::<S, 1, 3>(simd, block, at),
+                    x += match (tall, self.pixels - x) {
+                        (true, 6..) if const { S::TILE_VECTORS == 4 } => {
+                            self.tile::<S, 4, 6>(simd, block, at)
+                        }
+                        (true, 3..) => self.tile::<S, 4, 3>(simd, block, at),
+                        (true, _) => self.tile::<S, 4, 1>(simd, block, at),
+                        (_, 6..) if const { S::TILE_VECTORS == 4 } => {
+                            self.tile::<S, 1, 6>(simd, block, at)
+                        }
+                        (_, 3..) => self.tile::<S, 1, 3>(simd, block, at),
                         _ => self.tile::<S, 1, 1>(simd, block, at),
                     };
                 }
@@ -753,9 +757,15 @@ impl Gated<'_> {
                     // The last tile may lie on the one before.
                     let x = x.min(last);
                     match wide {
-                        6 => self.tiles::<S, M, P, 6, G>(simd, block, rows, x),
-                        5 => self.tiles::<S, M, P, 5, G>(simd, block, rows, x),
-                        3 => self.tiles::<S, M, P, 3, G>(simd, block, rows, x),
+                        6 if const { S::TILE_VECTORS == 4 } => {
+                            self.tiles::<S, M, P, 6, G>(simd, block, rows, x)
+                        }
+                        5 if const { S::TILE_VECTORS == 4 } => {
+                            self.tiles::<S, M, P, 5, G>(simd, block, rows, x)
+                        }
+                        3 if const { S::TILE_VECTORS != 4 } => {
+                            self.tiles::<S, M, P, 3, G>(simd, block, rows, x)
+                        }
                         _ => self.tiles::<S, M, P, 2, G>(simd, block, rows, x),
                     }
                 };
@@ -1016,13 +1026,17 @@ impl Kernel<f32> for Mix<'_> {
                 // SAFETY: these pixels and channels are there, by the assertions above.
                 unsafe {
                     // 12 × 2 accumulators and their operands fit 32 registers, 6 × 2 fit 16.
-                    t += match (S::TILE_VECTORS == 4 && left >= 12, left >= 6, pair) {
-                        (true, _, true) => self.tile::<S, 12, MIXED>(simd, t, o),
-                        (true, _, false) => self.tile::<S, 12, 1>(simd, t, o),
-                        (_, true, true) => self.tile::<S, 6, MIXED>(simd, t, o),
-                        (_, true, false) => self.tile::<S, 6, 1>(simd, t, o),
-                        (_, _, true) => self.tile::<S, 1, MIXED>(simd, t, o),
-                        (_, _, false) => self.tile::<S, 1, 1>(simd, t, o),
+                    t += match (left, pair) {
+                        (12.., true) if const { S::TILE_VECTORS == 4 } => {
+                            self.tile::<S, 12, MIXED>(simd, t, o)
+                        }
+                        (12.., false) if const { S::TILE_VECTORS == 4 } => {
+                            self.tile::<S, 12, 1>(simd, t, o)
+                        }
+                        (6.., true) => self.tile::<S, 6, MIXED>(simd, t, o),
+                        (6.., false) => self.tile::<S, 6, 1>(simd, t, o),
+                        (_, true) => self.tile::<S, 1, MIXED>(simd, t, o),
+                        (_, false) => self.tile::<S, 1, 1>(simd, t, o),
                     };
                 }
             }

@@ -46,7 +46,7 @@ impl<T: Scalar> Taps<T> {
     pub fn new(taps: Vec<T>, (kh, kw): (usize, usize), block: usize, rows: usize) -> Self {
         assert!(taps.len() == kh * kw * block);
         let minimal = Filter::of(kh)
-            .filter(|filter| rows >= 2 * filter.tile)
+            .filter(|filter| T::FILTERED && rows >= 2 * filter.tile)
             .map(|filter| (minimal::transform_taps(&taps, (kh, kw), filter, block), filter));
         Self { plain: taps, kernel: (kh, kw), block, minimal }
     }
@@ -91,18 +91,20 @@ impl<T: Scalar> Kernel<T> for Forward<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(mut self, simd: S) {
-        let filter = self.taps.minimal.as_ref().map(|(_, filter)| (filter.tile, filter.groups));
-        let filtered = match (filter, self.taps.block) {
-            (Some((3, 3)), 1) => self.minimal::<S, 3, 5, 3, false>(simd),
-            (Some((3, 3)), _) => self.minimal::<S, 3, 5, 3, true>(simd),
-            (Some((4, 2)), 1) => self.minimal::<S, 4, 7, 2, false>(simd),
-            (Some((4, 2)), _) => self.minimal::<S, 4, 7, 2, true>(simd),
-            (Some((4, 3)), 1) => self.minimal::<S, 4, 7, 3, false>(simd),
-            (Some((4, 3)), _) => self.minimal::<S, 4, 7, 3, true>(simd),
-            _ => false,
-        };
-        if filtered {
-            return;
+        if const { T::FILTERED } {
+            let filter = self.taps.minimal.as_ref().map(|(_, filter)| (filter.tile, filter.groups));
+            let filtered = match (filter, self.taps.block) {
+                (Some((3, 3)), 1) => self.minimal::<S, 3, 5, 3, false>(simd),
+                (Some((3, 3)), _) => self.minimal::<S, 3, 5, 3, true>(simd),
+                (Some((4, 2)), 1) => self.minimal::<S, 4, 7, 2, false>(simd),
+                (Some((4, 2)), _) => self.minimal::<S, 4, 7, 2, true>(simd),
+                (Some((4, 3)), 1) => self.minimal::<S, 4, 7, 3, false>(simd),
+                (Some((4, 3)), _) => self.minimal::<S, 4, 7, 3, true>(simd),
+                _ => false,
+            };
+            if filtered {
+                return;
+            }
         }
         // Code for a 3 × 3 kernel is 1.05 times (AVX-512) to 1.4 times (AVX2) as fast as the loop over
         // taps; for 7 × 7 and 9 × 9 the loop is 1.3 to 1.6 times as fast as unrolled code, which
@@ -150,8 +152,8 @@ fn forward<T: Scalar, S: Simd<T>, const K: usize, const BLOCK: bool>(simd: S, jo
                     last,
                 };
                 match wide {
-                    4 => tile.rows::<S, 4>(simd, rows),
-                    3 => tile.rows::<S, 3>(simd, rows),
+                    4 if const { S::TILE_VECTORS == 4 } => tile.rows::<S, 4>(simd, rows),
+                    3 if const { S::TILE_VECTORS == 4 } => tile.rows::<S, 3>(simd, rows),
                     2 => tile.rows::<S, 2>(simd, rows),
                     _ => tile.rows::<S, 1>(simd, rows),
                 }
@@ -209,7 +211,7 @@ impl<T: Scalar> Forward<'_, T> {
                 macro_rules! tiles {
                     ($($wide:literal: $($high:literal)+,)+) => {
                         match (wide, high) {
-                            $($(($wide, $high) => {
+                            $($(($wide, $high) if const { $wide <= S::TILE_VECTORS } => {
                                 self.tiles::<S, M, P, $wide, $high, G, BLOCK>(simd, (y, x), last)
                             })+)+
                             _ => unreachable!("{wide} × {high}"),
@@ -668,7 +670,7 @@ impl<T: Scalar> WeightGradient<'_, T> {
             // SAFETY: i + I ≤ kh and j + J ≤ kw: `run` asserts that all their rows and columns are in
             // reach; I is at most the rows of the gradient.
             unsafe {
-                if many {
+                if const { S::TILE_VECTORS == 4 } {
                     taps! {
                         1: 1 2 3 4,
                         2: 1 2 3 4,

@@ -62,8 +62,12 @@ impl<T: Scalar> Kernel<T> for Forward<'_, T> {
                         last,
                     };
                     match (wide, oh - y) {
-                        (4, ROWS..) => tile.run::<S, 4, ROWS>(simd),
-                        (3, ROWS..) => tile.run::<S, 3, ROWS>(simd),
+                        (4, ROWS..) if const { S::TILE_VECTORS == 4 } => {
+                            tile.run::<S, 4, ROWS>(simd)
+                        }
+                        (3, ROWS..) if const { S::TILE_VECTORS == 4 } => {
+                            tile.run::<S, 3, ROWS>(simd)
+                        }
                         (2, ROWS..) => tile.run::<S, 2, ROWS>(simd),
                         (_, ROWS..) => tile.run::<S, 1, ROWS>(simd),
                         (_, left) => tile.by_row(simd, wide, left),
@@ -132,8 +136,8 @@ impl<T: Scalar> Tile<'_, T> {
                     ..*self
                 };
                 match wide {
-                    4 => row.run::<S, 4, 1>(simd),
-                    3 => row.run::<S, 3, 1>(simd),
+                    4 if const { S::TILE_VECTORS == 4 } => row.run::<S, 4, 1>(simd),
+                    3 if const { S::TILE_VECTORS == 4 } => row.run::<S, 3, 1>(simd),
                     2 => row.run::<S, 2, 1>(simd),
                     _ => row.run::<S, 1, 1>(simd),
                 }
@@ -281,9 +285,9 @@ impl<T: Scalar> Kernel<T> for BlockForward<'_, T> {
             while x < columns {
                 // SAFETY: pixels x..x + C of row y, inside by the assertions above.
                 x += unsafe {
-                    match (S::TILE_VECTORS == 4, columns - x) {
-                        (true, 8..) => self.tile::<S, 8>(simd, y, x),
-                        (_, 4..) => self.tile::<S, 4>(simd, y, x),
+                    match columns - x {
+                        8.. if const { S::TILE_VECTORS == 4 } => self.tile::<S, 8>(simd, y, x),
+                        4.. => self.tile::<S, 4>(simd, y, x),
                         _ => self.tile::<S, 1>(simd, y, x),
                     }
                 };
@@ -363,7 +367,7 @@ impl<T: Scalar> Kernel<T> for BlockWeightGradient<'_, T> {
                 // SAFETY: all pixels of these taps are in reach by the assertions above.
                 t += unsafe {
                     match self.offsets.len() - t {
-                        9.. if S::TILE_VECTORS == 4 => self.taps::<S, 9>(simd, rows, t),
+                        9.. if const { S::TILE_VECTORS == 4 } => self.taps::<S, 9>(simd, rows, t),
                         5.. => self.taps::<S, 5>(simd, rows, t),
                         3.. => self.taps::<S, 3>(simd, rows, t),
                         _ => self.taps::<S, 1>(simd, rows, t),

@@ -20,7 +20,7 @@ impl<T: Scalar> Kernel<T> for MultiplyAdd {
         // A multiply-add waits for its accumulator, four cycles or so, while two to four more could
         // start in each: 16 chains at most keep every unit busy. Of 32 registers 24 are taken, of
         // 16 then 12; two hold the operands.
-        if S::TILE_VECTORS == 4 {
+        if const { S::TILE_VECTORS == 4 } {
             chains::<T, S, 24>(simd, self.rounds)
         } else {
             chains::<T, S, 12>(simd, self.rounds)

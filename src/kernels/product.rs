@@ -160,7 +160,7 @@ impl<T: Scalar> Kernel<T> for Columns<'_, T> {
             // 32 vector registers (AVX-512, NEON) hold 8 × 3 accumulators with their operands, 16
             // hold 6 × 2. AVX-512: 4 × 4 is within 3 % of 8 × 3. AVX2: 6 × 2 makes 129 GFLOP/s,
             // 4 × 2 112, and 4 × 3 spills: 71 (C = 64, n = 1024, ld = 4096, Zen 5).
-            if S::TILE_VECTORS == 4 {
+            if const { S::TILE_VECTORS == 4 } {
                 self.strips::<S, 8, 3>(simd);
             } else {
                 self.strips::<S, 6, 2>(simd);
@@ -396,7 +396,7 @@ impl<T: Scalar> Kernel<T> for Inner<'_, T> {
             // = 1024, Zen 5: 4 × 6 218 GFLOP/s, 3 × 8 223 (but 134 against 163 where C = 64, n =
             // 1008, ld = 65536), 4 × 5 214, 2 × 12 166. AVX2, C = 64, n = 1024, ld = 4096: 3 × 4
             // 123, 2 × 6 122, 4 × 3 118, 2 × 4 115.
-            if S::TILE_VECTORS == 4 {
+            if const { S::TILE_VECTORS == 4 } {
                 self.blocks::<S, 4, 4, 6, 4>(simd);
             } else {
                 self.blocks::<S, 3, 2, 4, 4>(simd);

@@ -169,7 +169,7 @@ impl Kernel<f32> for Convolve<'_> {
             self.inputs(simd, tiles);
             // 32 vector registers (AVX-512, NEON) hold 12 × 2 accumulators with their operands, 16
             // hold 6 × 2.
-            if S::TILE_VECTORS == 4 {
+            if const { S::TILE_VECTORS == 4 } {
                 self.products::<S, MAX_ROWS>(simd, tiles);
             } else {
                 self.products::<S, 6>(simd, tiles);
@@ -238,7 +238,7 @@ impl Convolve<'_> {
                     let buffer = self.scratch.as_mut_ptr().add(POINTS * pitch);
                     t += if left >= R {
                         self.product::<S, R>(simd, point, (tile, stride), buffer)
-                    } else if R > 6 && left >= 6 {
+                    } else if const { R > 6 } && left >= 6 {
                         self.product::<S, 6>(simd, point, (tile, stride), buffer)
                     } else if left > 2 {
                         self.product::<S, 4>(simd, point, (tile, stride), buffer)
