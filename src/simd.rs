@@ -84,8 +84,9 @@ pub fn selected() -> Isa {
 pub trait Scalar: Copy + Send + Sync + PartialOrd + Default + fmt::Debug + 'static {
     const ZERO: Self;
     const ONE: Self;
-    /// Whether convolutions go by minimal filtering where that is faster: half of all code, which the
-    /// gradient checks that `f64` is for can do without.
+    /// Whether convolutions go by minimal filtering where that is faster: code for each
+    /// instruction set that `f64` can do without. 4 × 64 × 64 × 64, one thread: k = 9 6.3 ms with and
+    /// without, k = 11 8 ms of plain sums and 12 filtered (AVX-512).
     const FILTERED: bool;
     fn from_f64(x: f64) -> Self;
     fn to_f64(self) -> f64;
@@ -106,8 +107,8 @@ pub trait Kernel<T: Scalar> {
 pub trait Simd<T: Scalar>: Copy {
     type V: Copy;
     /// Column vectors of the widest register tile: 4 where there are 32 vector registers (AVX-512,
-    /// NEON), 2 where there are 16. What depends on it is in `if const`, or the compiler spends half its
-    /// time on tiles that nobody runs.
+    /// NEON), 2 where there are 16. What depends on it is in `if const`, or the compiler spends much time
+    /// on tiles that nobody runs.
     const TILE_VECTORS: usize;
     /// Lanes of a vector.
     fn lanes(self) -> usize;

@@ -757,13 +757,13 @@ impl Gated<'_> {
                     // The last tile may lie on the one before.
                     let x = x.min(last);
                     match wide {
-                        6 if const { S::TILE_VECTORS == 4 } => {
+                        6 if const { S::TILE_VECTORS == 4 && M != 3 } => {
                             self.tiles::<S, M, P, 6, G>(simd, block, rows, x)
                         }
-                        5 if const { S::TILE_VECTORS == 4 } => {
+                        5 if const { S::TILE_VECTORS == 4 && M == 3 } => {
                             self.tiles::<S, M, P, 5, G>(simd, block, rows, x)
                         }
-                        3 if const { S::TILE_VECTORS != 4 } => {
+                        3 if const { S::TILE_VECTORS != 4 && M != 3 } => {
                             self.tiles::<S, M, P, 3, G>(simd, block, rows, x)
                         }
                         _ => self.tiles::<S, M, P, 2, G>(simd, block, rows, x),

@@ -4,8 +4,8 @@
 //! forward tile keeps 6 rows × TILE_VECTORS vectors of outputs in registers and slides down the
 //! input: a loaded vector feeds up to six output rows, a broadcast tap all vectors of a row. The
 //! input gradient is the same convolution with the taps turned by 180°. Kernels of 7, 9 and 11 rows go
-//! by [`minimal`] filtering down the columns, in the same tiles. The weight gradient keeps a tile of taps in
-//! registers: a loaded vector of input meets the gradients of up to five rows.
+//! by [`minimal`] filtering down the columns, in the same tiles, but in `f64`. The weight gradient keeps a
+//! tile of taps in registers: a loaded vector of input meets the gradients of up to five rows.
 //!
 //! Both take planes, or blocks of as many channels as a vector has lanes, pixel by pixel: a block is
 //! a plane `block` times as wide whose taps lie `block` elements apart and are vectors themselves.
