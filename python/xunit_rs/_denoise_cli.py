@@ -103,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=natural,
         default=0,
-        help="width of the panels a large image is cut into, pixels, to save memory; 0 = by "
+        help="height of the bands a large image is cut into, pixels, to save memory; 0 = by "
         "memory (default)",
     )
 

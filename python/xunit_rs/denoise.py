@@ -98,8 +98,8 @@ class Denoiser:
 
     network: an `xunit_rs._core.Network`, or any object with `channels` and
         `denoise(image, tile, threads)`, and a fourth argument where progress is asked for.
-    tile: width in pixels of the panels that an image is cut into; 0 = as wide as fit 320 MB. The
-        rows of a panel stream through the network. The result is the same, bit for bit.
+    tile: height in pixels of the bands that an image is cut into; 0 = as high as fit 256 MB. A band
+        streams through the network. The result is the same, bit for bit.
         Up to 128 MB of them are kept for the next image.
     threads: number of threads; 0 = default.
     strength: share of the noise to take away, 0 to 1: image + strength · (network(image) - image).

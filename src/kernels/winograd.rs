@@ -135,17 +135,17 @@ fn transform_output<S: Simd<f32>>(simd: S, m: [S::V; EXTENT]) -> [S::V; TILE] {
     ]
 }
 
-/// A row of tiles, all output channels: up to four rows of outputs from six rows of inputs.
+/// Rows of tiles, all output channels: so many rows of outputs, rounded up to whole tiles, from two rows
+/// of inputs more.
 pub struct Convolve<'a> {
     pub weights: &'a Weights,
-    /// From the column before the first output on; rows of padding are zero.
-    pub rows: [Row<'a>; EXTENT],
+    /// From the row above and the column before the first output on; rows of padding are zero.
+    pub rows: &'a [Row<'a>],
     /// Columns of outputs. The inputs must be readable as far as whole tiles reach.
     pub pixels: usize,
     /// [`Weights::scratch`] elements: (points, blocks, tiles, lanes), before and after the product, and
     /// room for a register tile.
     pub scratch: &'a mut [f32],
-    /// One to four rows.
     pub sink: Sink<'a>,
 }
 
@@ -157,11 +157,12 @@ impl Kernel<f32> for Convolve<'_> {
 
     #[inline(always)]
     fn run<S: Simd<f32>>(mut self, simd: S) {
-        let (weights, tiles) = (self.weights, self.pixels.div_ceil(TILE));
+        let (weights, width) = (self.weights, self.pixels.div_ceil(TILE));
+        let tiles = width * self.sink.rows.len().div_ceil(TILE);
         let (ins, outs) = (weights.inputs / simd.lanes(), weights.outputs / simd.lanes());
-        assert!(weights.lanes == simd.lanes() && self.pixels > 0);
-        assert!(self.rows.iter().all(|row| row.holds(ins, tiles * TILE + 2, simd.lanes())));
-        assert!((1..=TILE).contains(&self.sink.rows.len()));
+        assert!(weights.lanes == simd.lanes() && tiles > 0);
+        assert!(self.rows.len() == tiles / width * TILE + 2);
+        assert!(self.rows.iter().all(|row| row.holds(ins, width * TILE + 2, simd.lanes())));
         assert!(self.sink.holds(outs, self.pixels, simd.lanes()));
         assert!(self.scratch.len() >= weights.scratch(tiles));
         // SAFETY: the assertions above.
@@ -189,14 +190,17 @@ impl Convolve<'_> {
         let (lanes, weights) = (simd.lanes(), self.weights);
         let (stride, pitch) = (weights.stride(tiles), weights.pitch(tiles));
         let zero = simd.splat(0.0);
+        let width = self.pixels.div_ceil(TILE);
         for block in 0..weights.inputs / lanes {
             for t in 0..tiles {
+                let (top, left) = (t / width * TILE, t % width * TILE);
                 let mut rows = [[zero; EXTENT]; EXTENT];
-                // SAFETY: six pixels from 4 t on are in each row and block; the point, block and
-                // tile are in the scratch.
+                // SAFETY: six rows from `top` on have six pixels from `left` on of each block; the
+                // point, block and tile are in the scratch.
                 unsafe {
-                    for (row, d) in self.rows.iter().zip(&mut rows) {
-                        let input = row.block(block).add(t * TILE * lanes);
+                    let inputs = self.rows.get_unchecked(top..top + EXTENT);
+                    for (row, d) in inputs.iter().zip(&mut rows) {
+                        let input = row.block(block).add(left * lanes);
                         for (x, d) in d.iter_mut().enumerate() {
                             *d = simd.load(input.add(x * lanes));
                         }
@@ -305,11 +309,14 @@ impl Convolve<'_> {
         let (lanes, weights) = (simd.lanes(), self.weights);
         let (stride, pitch) = (weights.stride(tiles), weights.pitch(tiles));
         let zero = simd.splat(0.0);
+        let width = self.pixels.div_ceil(TILE);
         for block in 0..weights.outputs / lanes {
             // SAFETY: there is a bias for each channel.
             let bias = unsafe { simd.load(weights.bias.as_ptr().add(block * lanes)) };
             for t in 0..tiles {
-                let columns = (self.pixels - t * TILE).min(TILE);
+                let (top, left) = (t / width * TILE, t % width * TILE);
+                let height = (self.sink.rows.len() - top).min(TILE);
+                let columns = (self.pixels - left).min(TILE);
                 let mut rows = [[zero; EXTENT]; TILE];
                 // SAFETY: the point, block and tile are in the scratch; the row, block and pixel are
                 // in the sink.
@@ -325,13 +332,13 @@ impl Convolve<'_> {
                         }
                     }
                     for (y, &row) in rows.iter().enumerate() {
-                        if y == self.sink.rows.len() {
+                        if y == height {
                             break;
                         }
                         for (x, &v) in transform_output(simd, row).iter().enumerate() {
                             if x < columns {
                                 let v = simd.add(v, bias);
-                                self.sink.put(simd, v, y, block, t * TILE + x);
+                                self.sink.put(simd, v, top + y, block, left + x);
                             }
                         }
                     }

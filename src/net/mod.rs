@@ -21,12 +21,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use crate::kernels::blocked::LastWeights;
-use crate::kernels::winograd::TILE;
 use crate::memory;
 use crate::parallel::Threads;
 use crate::shape::{Batch, ShapeError};
-use layers::{Conv, Layer, Norm};
-use stream::{Job, Panel, Spare};
+use layers::{Layer, Norm};
+use stream::{Band, Job, Spare};
 
 /// Why a network cannot be loaded or an image not denoised.
 #[derive(Debug)]
@@ -102,9 +101,9 @@ pub struct Network {
     spare: Mutex<Option<Spare>>,
 }
 
-/// The memory that rows of activations may take, unless the caller says otherwise: an image that is
-/// wider than this allows is computed in panels. xDnCNN takes 160 KB for each column.
-const MEMORY: usize = 320 << 20;
+/// The memory that the edges of panels may take, unless the caller says otherwise: an image that is
+/// higher than this allows is computed in bands. xDnCNN takes 30 KB for each row.
+const MEMORY: usize = 256 << 20;
 
 /// The largest file that is read: a thousand times the published networks.
 const MAX_FILE_BYTES: u64 = 1 << 30;
@@ -149,20 +148,6 @@ impl Network {
         self.layers.iter().map(|layer| 1 + layer.unit_halo()).sum::<usize>() + self.tail.k() / 2
     }
 
-    /// Pixels around a whole tile that its result depends on in every bit: the outputs of a tile of a
-    /// Winograd convolution are sums of all its inputs, of which some cancel but for their rounding.
-    fn reach(&self) -> usize {
-        let mut reach = self.tail.k() / 2;
-        for layer in self.layers.iter().rev() {
-            reach += layer.unit_halo();
-            reach = match layer.conv {
-                Conv::First(_) => reach,
-                Conv::Dense(_) => reach.next_multiple_of(TILE),
-            } + 1;
-        }
-        reach.next_multiple_of(TILE)
-    }
-
     /// What the last output is multiplied by before it is added to the image.
     fn sign(&self) -> f32 {
         match self.architecture {
@@ -171,18 +156,25 @@ impl Network {
         }
     }
 
-    /// The panels of an image so wide. They start at whole tiles, so that the tiles are the same.
-    fn panels(&self, width: usize, tile: usize) -> impl Iterator<Item = Panel> + use<> {
-        let reach = self.reach();
+    /// The bands of an image so high. They start at whole steps, so that the tiles are the same.
+    fn bands(
+        &self,
+        [height, width]: [usize; 2],
+        tile: usize,
+    ) -> impl Iterator<Item = Band> + use<> {
+        let reach = stream::reach(self);
         let most = match tile {
-            0 => (MEMORY / stream::bytes_per_column(self)).saturating_sub(2 * reach).max(reach),
+            0 => {
+                let fit = MEMORY.checked_div(stream::bytes_per_row(self, width));
+                fit.map_or(height, |rows| rows.saturating_sub(2 * reach).max(reach))
+            }
             tile => tile,
         };
-        let side = width.div_ceil(width.div_ceil(most)).next_multiple_of(TILE);
-        (0..width).step_by(side).map(move |start| {
-            let end = (start + side).min(width);
-            let region = start.saturating_sub(reach)..end.saturating_add(reach).min(width);
-            Panel { core: start..end, region }
+        let side = height.div_ceil(height.div_ceil(most)).next_multiple_of(stream::STEP);
+        (0..height).step_by(side).map(move |start| {
+            let end = (start + side).min(height);
+            let region = start.saturating_sub(reach)..end.saturating_add(reach).min(height);
+            Band { core: start..end, region }
         })
     }
 
@@ -193,8 +185,8 @@ impl Network {
 
     /// The clean image of a noisy one, (C, H, W) contiguous, on `threads`.
     ///
-    /// Rows stream through the network, in panels of `tile` columns or a few more (0: as many as fit
-    /// 320 MB), each computed with what it depends on to its sides, which changes no bit of the result.
+    /// Rows stream through the network, in bands of `tile` rows or a few more (0: as many as fit
+    /// 256 MB), each computed with what it depends on above and below, which changes no bit of the result.
     /// Errors if `c` is not [`Network::channels`] or a size does not fit.
     pub fn denoise(
         &self,
@@ -237,11 +229,9 @@ impl Network {
             )));
         }
         let mut job = Job { image, shape: [c, h, w], clean, threads };
-        for panel in self.panels(w, tile) {
-            let (start, columns) = (panel.core.start, panel.core.len());
-            job.panel(self, &panel, |rows| {
-                goes_on((start as f64 + columns as f64 * rows as f64 / h as f64) / w as f64)
-            })?;
+        for band in self.bands([h, w], tile) {
+            let (start, rows) = (band.core.start as f64, band.core.len() as f64);
+            job.band(self, &band, |share| goes_on((start + rows * share) / h as f64))?;
         }
         Ok(())
     }

@@ -1,43 +1,39 @@
-//! A panel of an image streams through the network: every layer goes as far as the layer before it
-//! allows, and keeps no more rows than the next one needs, so that memory does not grow with the
-//! height of the image and no row is computed twice.
+//! A band of an image streams through the network: panel by panel of its columns, and in a panel step by
+//! step of its rows, which pass through all works one after the other. What a work writes is read by the
+//! next one while it is in the cache, no pixel is computed twice, and memory grows with the height alone,
+//! by what a panel leaves to the next one on its edge.
 //!
-//! A thread without work takes it from the last layer that has some: what was just written is read
-//! again while it is in the cache, and no thread waits for a layer to be complete.
+//! For that, every work lags behind the one before, up and to the left, by the halo that it reads: the
+//! panels and steps of the last works lean over the borders of the image.
+//!
+//! Each thread has a panel of its own as long as there are enough. Without work in it, it takes some of
+//! the others.
 
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::layers::{Conv, Layer};
-use super::rings::{Ring, Shared};
+use super::rings::{Edge, Extents, Ring, Shared, SharedEdge};
 use super::{NetError, Network};
-use crate::kernels::blocked::{First, GateWeights, Gated, Last, Sink, padding};
-use crate::kernels::winograd::{Convolve, EXTENT, TILE};
+use crate::kernels::blocked::{First, GateWeights, Gated, Last, Row, Sink, padding};
+use crate::kernels::winograd::{Convolve, TILE};
 use crate::ops::scratch::Scratch;
 use crate::parallel::{self, Threads};
 use crate::simd;
 
-/// Rows of a task: whole tiles of the convolutions and, of 3 or 4 rows, of the gates. Of 8, 16 and 32 rows, before gates
-/// had tiles, 16 took as long as 8 and twice the memory, 32 longer (gray-sigma25 at 321 × 481, Zen 4, 1 and 2
-/// threads, four interleaved rounds).
-const STEP: usize = 3 * TILE;
-/// Tiles of a row of a task, about: with a layer's weights, their transforms fit the second-level
-/// cache. 16 and 48 take up to a tenth longer than 24 and 32 (as above).
-const CHUNK: usize = 32;
+/// Rows of a step: whole tiles of the convolutions and, of 3 or 4 rows, of the gates.
+pub(super) const STEP: usize = 3 * TILE;
+/// Columns of a panel: a step has whole register tiles, and what a work reads and writes in it fits the
+/// second-level cache. 32 and 80 columns take 1.02 and 1.03 times as long with the DnCNN of 17 convolutions at
+/// 321 × 481, steps of 8 and 24 rows 1.00 and 1.04 times (Zen 5 with 1 MiB, one thread).
+const SIDE: usize = 48;
+/// The widest image of a single panel: several have narrower ones among them, as each work lags.
+const WHOLE: usize = 128;
 /// From one question whether to go on to the next.
 const PAUSE: Duration = Duration::from_millis(100);
 /// More than there are threads.
 const WORKERS: usize = 1024;
-
-/// Splits a row of tiles into chunks of [`CHUNK`] or up to half more: columns of each. No halo reaches
-/// beyond the chunk beside its own, which is all that [`Flow::done_around`] looks at.
-fn chunks(width: usize, halo: usize) -> Vec<Range<usize>> {
-    let (tiles, chunk) = (width.div_ceil(TILE), CHUNK.max(2 * halo.div_ceil(TILE)));
-    let count = ((tiles + chunk / 2 - 1) / chunk).max(1);
-    let edge = |i: usize| (tiles * i / count * TILE).min(width);
-    (0..count).map(|i| edge(i)..edge(i + 1)).collect()
-}
 
 /// What is done to the rows of an image on their way.
 #[derive(Clone, Copy)]
@@ -64,12 +60,10 @@ impl Work<'_> {
         }
     }
 
-    /// Columns of padding that it reads of the image's sides.
-    fn pad(&self, network: &Network) -> usize {
-        match self {
-            Work::Convolve(_) | Work::Finish => self.halo(network),
-            Work::Gate(_) => 0,
-        }
+    /// Rows and columns by which it lags behind the work before: whole tiles, so that they are the same
+    /// wherever panels and bands begin.
+    fn lag(&self, network: &Network) -> usize {
+        self.halo(network).next_multiple_of(TILE)
     }
 
     /// Channels of what it writes.
@@ -81,54 +75,93 @@ impl Work<'_> {
     }
 }
 
-/// Rows that are kept for a reader with this halo: what a step of it reads, while another is written.
-fn kept_rows(halo: usize) -> usize {
-    2 * STEP + halo.next_multiple_of(STEP) + halo
+/// The columns of a panel of an image so wide.
+fn side(width: usize) -> usize {
+    if width <= WHOLE { width } else { SIDE }
 }
 
-/// The bytes that a panel takes for each of its columns.
-pub(super) fn bytes_per_column(network: &Network) -> usize {
-    let (mut channels, mut bytes) = (0, 0);
-    for (i, work) in works(network).iter().enumerate() {
-        if i > 0 {
-            bytes += Ring::bytes(kept_rows(work.halo(network)), channels);
+/// The extents of what is kept between each work and the next one, of a panel of so many columns.
+fn extents(network: &Network, side: usize) -> Vec<Extents> {
+    let lanes = simd::selected_lanes::<f32>();
+    let mut channels = 0;
+    let between = |pair: &[Work<'_>]| {
+        channels = pair[0].outputs(channels);
+        let (halo, lag) = (pair[1].halo(network), pair[1].lag(network));
+        Extents {
+            // The reader is done with the step before when the writer begins one.
+            rows: STEP + lag + halo,
+            lead: lag + halo,
+            pixels: side,
+            // Tiles reach over the end.
+            trail: halo + TILE - 1,
+            blocks: channels.div_ceil(lanes),
+            lanes,
         }
-        channels = work.outputs(channels);
-    }
-    bytes
+    };
+    works(network).windows(2).map(between).collect()
 }
 
-/// The rings of a panel, for the next one of the same extents: most of what fresh memory costs is that
-/// the system clears it page by page, 6 % of the time of an image of 321 × 481.
-#[derive(Debug)]
+/// The bytes that a band of so many columns takes for each of its rows.
+pub(super) fn bytes_per_row(network: &Network, width: usize) -> usize {
+    let edges = extents(network, side(width)).iter().map(Extents::edge).sum::<usize>();
+    if width <= WHOLE { 0 } else { edges * size_of::<f32>() }
+}
+
+/// The rows above and below a band that its results depend on in every bit: the outputs of a tile are
+/// sums of all its inputs, of which some cancel but for their rounding.
+pub(super) fn reach(network: &Network) -> usize {
+    let reach = works(network).iter().rev().fold(0_usize, |reach, work| match work {
+        Work::Convolve(layer) if matches!(layer.conv, Conv::Dense(_)) => {
+            reach.next_multiple_of(TILE) + 1
+        }
+        Work::Convolve(_) | Work::Finish => reach + work.halo(network),
+        // Tiles of a gate have 4 rows at most.
+        Work::Gate(_) => reach + TILE - 1 + work.halo(network),
+    });
+    // The tiles of the first step may be others.
+    (reach + STEP).next_multiple_of(STEP)
+}
+
+/// What a band takes, for the next one: most of what fresh memory costs is that the system clears it page
+/// by page.
+#[derive(Debug, Default)]
 pub(super) struct Spare {
-    /// Rows of the image and columns of the panel.
-    extents: [usize; 2],
-    rings: Vec<Ring>,
+    extents: Vec<Extents>,
+    /// For each panel that is worked on, after each work but the last.
+    rings: Vec<Vec<Ring>>,
+    /// Rows of the edges.
+    rows: usize,
+    /// After each work but the last; none before there are several panels.
+    edges: Vec<Edge>,
 }
 
-/// The most bytes that are kept: of more, there are more rows to share the cost.
+/// The most bytes that are kept from one band to the next, and that the rings of all threads take.
 const KEPT: usize = 128 << 20;
 
-/// How far a work is in a chunk of the columns.
-#[derive(Clone, Copy, Default)]
-struct Front {
-    /// Rows.
-    done: usize,
-    /// Whether somebody is at the next ones.
-    busy: bool,
+impl Spare {
+    fn of(network: &Network) -> MutexGuard<'_, Option<Self>> {
+        network.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Grows to rings for so many panels and edges of so many rows.
+    fn grow(&mut self, live: usize, rows: usize) {
+        while self.rings.len() < live {
+            self.rings.push(self.extents.iter().map(|&extents| Ring::new(extents)).collect());
+        }
+        if rows > self.rows {
+            self.edges = self.extents.iter().map(|extents| Edge::new(rows, extents)).collect();
+            self.rows = rows;
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        let of = |e: &Extents| self.rings.len() * e.ring() + self.rows * e.edge();
+        self.extents.iter().map(of).sum::<usize>() * size_of::<f32>()
+    }
 }
 
-struct State {
-    /// (works, chunks)
-    fronts: Vec<Front>,
-    /// When to take no more tasks, and pause.
-    until: Instant,
-    failed: bool,
-}
-
-/// Columns of an image: those to yield, and those to compute them from.
-pub(super) struct Panel {
+/// Rows of an image: those to yield, and those to compute them from.
+pub(super) struct Band {
     pub(super) core: Range<usize>,
     pub(super) region: Range<usize>,
 }
@@ -142,86 +175,146 @@ pub(super) struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// Computes a panel. Tells `goes_on` the rows done, and stops if it says so.
-    pub(super) fn panel(
+    /// Computes a band. Tells `goes_on` the share that is done, and stops if it says so.
+    pub(super) fn band(
         &mut self,
         network: &Network,
-        panel: &Panel,
-        mut goes_on: impl FnMut(usize) -> bool,
+        band: &Band,
+        mut goes_on: impl FnMut(f64) -> bool,
     ) -> Result<(), NetError> {
-        let ([_, height, _], width) = (self.shape, panel.region.len());
-        let lanes = simd::selected_lanes::<f32>();
-        let works = works(network);
-        // Padding and what lies above and below are zeros that nobody writes to.
-        let spare = network.spare.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let mut spare =
-            spare.filter(|spare| spare.extents == [height, width]).unwrap_or_else(|| {
-                let mut channels = 0;
-                let ring = |pair: &[Work<'_>]| {
-                    let (kept, pad) = (kept_rows(pair[1].halo(network)), pair[1].pad(network));
-                    channels = pair[0].outputs(channels);
-                    Ring::new(kept, [channels, height, width], pad, lanes)
-                };
-                Spare { extents: [height, width], rings: works.windows(2).map(ring).collect() }
-            });
-        let halos: Vec<_> = works.iter().map(|work| work.halo(network)).collect();
-        let chunks = chunks(width, halos.iter().copied().max().unwrap_or(0));
-        let fronts = vec![Front::default(); works.len() * chunks.len()];
+        let (works, extents) = (works(network), extents(network, side(self.shape[2])));
+        let plan = Plan::new(network, &works, [band.region.len(), self.shape[2]]);
+        let per_panel = extents.iter().map(Extents::ring).sum::<usize>() * size_of::<f32>();
+        let live = self.threads.count().min(KEPT / per_panel).clamp(1, plan.panels);
+        let spare = Spare::of(network).take().filter(|spare| spare.extents == extents);
+        let mut spare = spare.unwrap_or_else(|| Spare { extents, ..Spare::default() });
+        spare.grow(live, if plan.panels > 1 { plan.height } else { 0 });
+        let height = plan.height;
+        let tasks = plan.panels * works.len();
         let flow = Flow {
             network,
-            panel,
+            band,
             image: self.image,
             shape: self.shape,
             clean: Mutex::new(&mut *self.clean),
-            between: spare.rings.iter_mut().map(Ring::share).collect(),
-            halos,
-            works,
-            chunks,
-            state: Mutex::new(State { fronts, until: Instant::now(), failed: false }),
+            rings: (spare.rings.iter_mut().take(live))
+                .map(|rings| rings.iter_mut().map(|ring| ring.share(height)).collect())
+                .collect(),
+            edges: spare.edges.iter_mut().map(Edge::share).collect(),
+            state: Mutex::new(State {
+                fronts: vec![Front::default(); tasks],
+                oldest: 0,
+                begun: 0,
+                left: Vec::new(),
+                until: Instant::now(),
+                failed: false,
+            }),
             news: Condvar::new(),
+            works,
+            plan,
         };
+        let total = flow.plan.panels * flow.plan.steps;
         loop {
             flow.state().until = Instant::now() + PAUSE;
             parallel::for_each(self.threads, WORKERS, |_| flow.work());
             let done = flow.done(&flow.state());
-            if !goes_on(done) {
+            if !goes_on(done as f64 / total as f64) {
                 return Err(NetError::Stopped);
             }
-            if done == height {
+            if done == total {
                 break;
             }
         }
         drop(flow);
-        if spare.rings.iter().map(Ring::size).sum::<usize>() <= KEPT {
-            *network.spare.lock().unwrap_or_else(PoisonError::into_inner) = Some(spare);
+        if spare.bytes() <= KEPT {
+            *Spare::of(network) = Some(spare);
         }
         Ok(())
     }
 }
 
-/// A panel at work.
+/// Which rows and columns belong to a step and a panel of a work.
+struct Plan {
+    height: usize,
+    width: usize,
+    panels: usize,
+    steps: usize,
+    /// How far each work lags behind the first one.
+    lags: Vec<usize>,
+}
+
+impl Plan {
+    fn new(network: &Network, works: &[Work<'_>], [height, width]: [usize; 2]) -> Self {
+        let mut lag = 0;
+        let lags: Vec<_> = (works.iter().enumerate())
+            .map(|(i, work)| {
+                lag += if i == 0 { 0 } else { work.lag(network) };
+                lag
+            })
+            .collect();
+        let panels = if width <= WHOLE { 1 } else { (width + lag).div_ceil(SIDE) };
+        Self { height, width, panels, steps: (height + lag).div_ceil(STEP), lags }
+    }
+
+    fn rows(&self, work: usize, step: usize) -> Range<usize> {
+        let edge = |i: usize| (i * STEP).saturating_sub(self.lags[work]).min(self.height);
+        edge(step)..edge(step + 1)
+    }
+
+    fn columns(&self, work: usize, panel: usize) -> Range<usize> {
+        if self.panels == 1 {
+            return 0..self.width;
+        }
+        let edge = |i: usize| (i * SIDE).saturating_sub(self.lags[work]).min(self.width);
+        edge(panel)..edge(panel + 1)
+    }
+}
+
+/// How far a work is in a panel.
+#[derive(Clone, Copy, Default)]
+struct Front {
+    /// Steps.
+    done: usize,
+    /// Whether somebody is at the next one.
+    busy: bool,
+}
+
+struct State {
+    /// (panels, works)
+    fronts: Vec<Front>,
+    /// The first panel that is not complete, and the first that nobody has begun.
+    oldest: usize,
+    begun: usize,
+    /// Panels that were somebody's when it was time to pause.
+    left: Vec<usize>,
+    /// When to take no more tasks, and pause.
+    until: Instant,
+    failed: bool,
+}
+
+/// A band at work.
 struct Flow<'a> {
     network: &'a Network,
-    panel: &'a Panel,
+    band: &'a Band,
     image: &'a [f32],
     shape: [usize; 3],
     clean: Mutex<&'a mut [f32]>,
     works: Vec<Work<'a>>,
-    /// Of each work.
-    halos: Vec<usize>,
-    /// After each work but the last.
-    between: Vec<Shared<'a>>,
-    chunks: Vec<Range<usize>>,
+    plan: Plan,
+    /// Panels take them in turn.
+    rings: Vec<Vec<Shared<'a>>>,
+    edges: Vec<SharedEdge<'a>>,
     state: Mutex<State>,
     /// A task is complete, or something failed.
     news: Condvar,
 }
 
-/// The next rows of a work in a chunk of the columns.
+/// The next step of a work in a panel.
 struct Task<'t, 'a> {
     flow: &'t Flow<'a>,
+    panel: usize,
     work: usize,
-    chunk: usize,
+    step: usize,
     rows: Range<usize>,
     columns: Range<usize>,
 }
@@ -231,8 +324,11 @@ impl Drop for Task<'_, '_> {
     fn drop(&mut self) {
         let mut state = self.flow.state();
         state.failed |= std::thread::panicking();
-        let done = self.rows.end;
-        *self.flow.front(&mut state, self.work, self.chunk) = Front { done, busy: false };
+        let front = self.flow.at(self.panel, self.work);
+        state.fronts[front] = Front { done: self.step + 1, busy: false };
+        while state.oldest < state.begun && self.flow.is_complete(&state, state.oldest) {
+            state.oldest += 1;
+        }
         self.flow.news.notify_all();
     }
 }
@@ -242,28 +338,27 @@ impl<'a> Flow<'a> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn front<'s>(&self, state: &'s mut State, work: usize, chunk: usize) -> &'s mut Front {
-        &mut state.fronts[work * self.chunks.len() + chunk]
+    /// Where the front of a work in a panel is.
+    fn at(&self, panel: usize, work: usize) -> usize {
+        panel * self.works.len() + work
     }
 
-    /// The rows that a work has done in a chunk and the chunks beside it, which its columns reach into.
-    fn done_around(&self, state: &State, work: usize, chunk: usize) -> usize {
-        let fronts = &state.fronts[work * self.chunks.len()..][..self.chunks.len()];
-        let around = chunk.saturating_sub(1)..(chunk + 2).min(fronts.len());
-        fronts[around].iter().map(|front| front.done).min().unwrap_or(0)
+    fn is_complete(&self, state: &State, panel: usize) -> bool {
+        state.fronts[self.at(panel, self.works.len() - 1)].done == self.plan.steps
     }
 
-    /// The rows of the result.
+    /// The steps of all panels that are complete.
     fn done(&self, state: &State) -> usize {
-        let last = &state.fronts[(self.works.len() - 1) * self.chunks.len()..];
-        last.iter().map(|front| front.done).min().unwrap_or(0)
+        let last = self.works.len() - 1;
+        (0..self.plan.panels).map(|panel| state.fronts[self.at(panel, last)].done).sum()
     }
 
     /// Works on tasks until there are no more, or it is time to pause.
     fn work(&self) {
+        let mut home = None;
         let mut state = self.state();
-        while !state.failed {
-            if let Some(task) = self.take(&mut state) {
+        while !state.failed && Instant::now() < state.until {
+            if let Some(task) = self.take(&mut state, &mut home) {
                 drop(state);
                 // SAFETY: `take` gives a task away once.
                 unsafe { task.run() };
@@ -272,72 +367,94 @@ impl<'a> Flow<'a> {
             } else if state.fronts.iter().any(|front| front.busy) {
                 state = self.news.wait(state).unwrap_or_else(PoisonError::into_inner);
             } else {
-                return;
+                break;
             }
         }
+        state.left.extend(home);
     }
 
-    /// A task that can be worked on, as late in the network as there is one.
-    fn take(&self, state: &mut State) -> Option<Task<'_, 'a>> {
-        if Instant::now() >= state.until {
-            return None;
+    /// A task that can be worked on: in the panel at home, which is one that nobody has begun if there is
+    /// one to have, or in another; as late in the network as there is one.
+    fn take(&self, state: &mut State, home: &mut Option<usize>) -> Option<Task<'_, 'a>> {
+        *home = home.filter(|&panel| !self.is_complete(state, panel)).or_else(|| state.left.pop());
+        if home.is_none() && state.begun < self.plan.panels.min(state.oldest + self.rings.len()) {
+            *home = Some(state.begun);
+            state.begun += 1;
         }
-        for work in (0..self.works.len()).rev() {
-            for chunk in 0..self.chunks.len() {
-                let rows = self.next(state, work, chunk);
-                if !rows.is_empty() {
-                    self.front(state, work, chunk).busy = true;
-                    let columns = self.chunks[chunk].clone();
-                    return Some(Task { flow: self, work, chunk, rows, columns });
+        for panel in home.iter().copied().chain(state.oldest..state.begun) {
+            for work in (0..self.works.len()).rev() {
+                if self.is_ready(state, panel, work) {
+                    let front = &mut state.fronts[self.at(panel, work)];
+                    front.busy = true;
+                    let step = front.done;
+                    let rows = self.plan.rows(work, step);
+                    let columns = self.plan.columns(work, panel);
+                    return Some(Task { flow: self, panel, work, step, rows, columns });
                 }
             }
         }
         None
     }
 
-    /// The rows that a work can do next in a chunk: none while the one before has not come far enough,
-    /// or while the one after still needs the rows that would be overwritten.
-    fn next(&self, state: &State, work: usize, chunk: usize) -> Range<usize> {
-        let Front { done, busy } = state.fronts[work * self.chunks.len() + chunk];
-        let height = self.shape[1];
-        let end = (done + STEP).min(height);
-        let ready = || {
-            let needed = (end + self.halos[work]).min(height);
-            work == 0 || self.done_around(state, work - 1, chunk) >= needed
-        };
-        let room = || {
-            self.between.get(work).is_none_or(|between| {
-                let read = self.done_around(state, work + 1, chunk);
-                end <= read.saturating_sub(self.halos[work + 1]) + between.rows()
-            })
-        };
-        done..if !busy && ready() && room() { end } else { done }
+    /// Whether the next step of a work in a panel can be taken: the work before has come so far, the one
+    /// after does not need the rows any more that will be overwritten, and the panel before has left its
+    /// edge.
+    fn is_ready(&self, state: &State, panel: usize, work: usize) -> bool {
+        let Front { done: step, busy } = state.fronts[self.at(panel, work)];
+        let done = |panel: usize, work: usize| state.fronts[self.at(panel, work)].done;
+        !busy
+            && step < self.plan.steps
+            && (work == 0 || done(panel, work - 1) > step)
+            && (work + 1 == self.works.len() || done(panel, work + 1) >= step)
+            && (panel == 0 || done(panel - 1, work) > step)
     }
 }
 
 impl Task<'_, '_> {
     /// # Safety
-    /// No task may be run twice, and only if [`Flow::next`] yields its rows. Then tasks write different
-    /// rows or columns of a ring, into slots of rows that nobody needs any more, and what they read is
+    /// No task may be run twice, and only if [`Flow::is_ready`]. Then tasks write different rows of a ring
+    /// or an edge, or different rings, into slots of rows that nobody needs any more, and what they read is
     /// complete.
     unsafe fn run(&self) {
+        let Flow { ref works, ref plan, ref edges, .. } = *self.flow;
+        if self.rows.is_empty() {
+            return;
+        }
+        let (rows, pixels) = (|| self.rows.clone(), self.columns.len());
         // SAFETY: the caller's promise.
         unsafe {
-            match self.flow.works[self.work] {
-                Work::Convolve(layer) => self.convolve(layer),
-                Work::Gate(unit) => self.gate(unit),
-                Work::Finish => self.finish(),
+            if self.work + 1 < works.len() {
+                let edge = (self.panel > 0).then(|| edges[self.work]);
+                let ends = self.columns.end == plan.width;
+                self.after().surround(rows(), pixels, edge, ends);
+            }
+            if pixels > 0 {
+                match works[self.work] {
+                    Work::Convolve(layer) => self.convolve(layer),
+                    Work::Gate(unit) => self.gate(unit),
+                    Work::Finish => self.finish(),
+                }
+            }
+            if self.work + 1 < works.len() && self.panel + 1 < plan.panels {
+                self.after().leave(rows(), pixels, edges[self.work]);
             }
         }
     }
 
-    /// What the work before wrote, and what this one is to write.
-    fn before(&self) -> Shared<'_> {
-        self.flow.between[self.work - 1]
+    /// What this work is to write.
+    fn after(&self) -> Shared<'_> {
+        self.flow.rings[self.panel % self.flow.rings.len()][self.work]
     }
 
-    fn after(&self) -> Shared<'_> {
-        self.flow.between[self.work]
+    /// Row `y` of what the work before wrote, from `halo` pixels ahead of the first one on.
+    ///
+    /// # Safety
+    /// As [`Task::run`].
+    unsafe fn before(&self, y: isize, halo: usize) -> Row<'_> {
+        let ring = self.flow.rings[self.panel % self.flow.rings.len()][self.work - 1];
+        let start = self.flow.plan.columns(self.work - 1, self.panel).start;
+        // SAFETY: the caller's promise.
+        unsafe { ring.row(y, start - self.columns.start + halo) }
     }
 
     /// Rows of a convolution.
@@ -346,26 +463,23 @@ impl Task<'_, '_> {
     /// As [`Task::run`].
     unsafe fn convolve(&self, layer: &Layer) {
         // SAFETY: the caller's promise.
-        let x = unsafe { self.after().rows_mut(self.rows.clone(), self.columns.clone()) };
+        let x = unsafe { self.after().rows_mut(self.rows.clone()) };
         let relu = layer.unit.is_none();
-        let sink = |rows: Range<usize>| Sink { rows: &x[rows], relu };
         let pixels = self.columns.len();
         match &layer.conv {
             Conv::Dense(weights) => {
-                let mut scratch = Scratch::new(weights.scratch(pixels.div_ceil(TILE)));
-                for top in (0..x.len()).step_by(TILE) {
-                    let first = (self.rows.start + top) as isize - 1;
-                    // SAFETY: nobody writes to these pixels of the input.
-                    let row =
-                        |y| unsafe { self.before().row(first + y as isize, self.columns.start, 1) };
-                    simd::dispatch(Convolve {
-                        weights,
-                        rows: std::array::from_fn::<_, EXTENT, _>(row),
-                        pixels,
-                        scratch: &mut scratch,
-                        sink: sink(top..(top + TILE).min(x.len())),
-                    });
-                }
+                let tiles = x.len().div_ceil(TILE) * pixels.div_ceil(TILE);
+                let mut scratch = Scratch::new(weights.scratch(tiles));
+                let first = self.rows.start as isize - 1;
+                // SAFETY: nobody writes to these pixels of the input.
+                let row = |y| unsafe { self.before(first + y as isize, 1) };
+                simd::dispatch(Convolve {
+                    weights,
+                    rows: &(0..x.len().next_multiple_of(TILE) + 2).map(row).collect::<Vec<_>>(),
+                    pixels,
+                    scratch: &mut scratch,
+                    sink: Sink { rows: &x, relu },
+                });
             }
             Conv::First(weights) => {
                 let k = weights.k();
@@ -375,7 +489,7 @@ impl Task<'_, '_> {
                     let rows: Vec<_> = (0..weights.inputs() * k)
                         .map(|i| &patch[(i / k * height + y + i % k) * width..][..width])
                         .collect();
-                    let sink = sink(y..y + 1);
+                    let sink = Sink { rows: &x[y..y + 1], relu };
                     simd::dispatch(First { weights, rows: &rows, pixels, sink });
                 }
             }
@@ -385,19 +499,19 @@ impl Task<'_, '_> {
     /// The pixels of the image that are read, (channels, rows, columns), with what comes ahead of the
     /// network and zeros around the image.
     fn patch(&self, halo: usize) -> Scratch<f32> {
-        let Flow { image, shape: [channels, height, full], panel, network, .. } = *self.flow;
+        let Flow { image, shape: [channels, full, width], band, network, .. } = *self.flow;
         let (rows, columns) = (self.rows.len() + 2 * halo, self.columns.len() + 2 * halo);
         let mut patch = Scratch::new(channels * rows * columns);
         patch.fill(0.0);
         let left = halo.saturating_sub(self.columns.start);
         let start = (self.columns.start + left).saturating_sub(halo);
-        let end = (self.columns.end + halo).min(panel.region.len());
+        let end = (self.columns.end + halo).min(width);
         for (i, out) in patch.chunks_exact_mut(columns).enumerate() {
             let (plane, y) = (i / rows, (self.rows.start + i % rows).wrapping_sub(halo));
-            if y < height {
-                let row = &image[(plane * height + y) * full..][panel.region.clone()];
+            if y < band.region.len() {
+                let row = &image[(plane * full + band.region.start + y) * width..][start..end];
                 let (scale, shift) = network.before.of(plane);
-                for (out, &x) in out[left..].iter_mut().zip(&row[start..end]) {
+                for (out, &x) in out[left..].iter_mut().zip(row) {
                     *out = scale * x + shift;
                 }
             }
@@ -413,14 +527,14 @@ impl Task<'_, '_> {
         let (halo, pixels) = (weights.k() / 2, self.columns.len());
         let lanes = simd::selected_lanes::<f32>();
         let mut scratch = Scratch::new(weights.scratch(self.rows.len(), pixels, lanes));
-        let [height, width] = [self.flow.shape[1], self.flow.panel.region.len()];
+        let Plan { height, width, .. } = self.flow.plan;
         let (top, bottom) = padding(&self.rows, halo, height);
         let (left, right) = padding(&self.columns, halo, width);
         let around = self.rows.start + top - halo..self.rows.end + halo - bottom;
         // SAFETY: the caller's promise.
         unsafe {
-            let row = |y, before| self.before().row(y as isize, self.columns.start, before);
-            let out = self.after().rows_mut(self.rows.clone(), self.columns.clone());
+            let row = |y, before| self.before(y as isize, before);
+            let out = self.after().rows_mut(self.rows.clone());
             simd::dispatch(Gated {
                 weights,
                 v: &around.map(|y| row(y, halo - left)).collect::<Vec<_>>(),
@@ -438,48 +552,25 @@ impl Task<'_, '_> {
     /// # Safety
     /// As [`Task::run`].
     unsafe fn finish(&self) {
-        let Flow { image, shape: [_, height, full], panel, network, ref clean, .. } = *self.flow;
-        let (start, end) =
-            (panel.region.start + self.columns.start, panel.region.start + self.columns.end);
-        let columns = start.max(panel.core.start)..end.min(panel.core.end);
-        if columns.is_empty() {
-            return;
-        }
-        let (weights, sign, input) = (&network.tail, network.sign(), self.before());
+        let Flow { image, shape: [_, full, width], band, network, ref clean, .. } = *self.flow;
+        let (weights, sign, pixels) = (&network.tail, network.sign(), self.columns.len());
         let halo = weights.k() / 2;
-        let mut out = Scratch::new(weights.outputs() * columns.len());
+        let mut out = Scratch::new(weights.outputs() * pixels);
         for y in self.rows.clone() {
+            if !band.core.contains(&(band.region.start + y)) {
+                continue;
+            }
             let rows: Vec<_> = (0..weights.k())
-                .map(|i| (y + i) as isize - halo as isize)
                 // SAFETY: nobody writes to these pixels meanwhile.
-                .map(|y| unsafe { input.row(y, columns.start - panel.region.start, halo) })
+                .map(|i| unsafe { self.before((y + i) as isize - halo as isize, halo) })
                 .collect();
             simd::dispatch(Last { weights, rows: &rows, out: &mut out });
             let mut clean = clean.lock().unwrap_or_else(PoisonError::into_inner);
-            for (plane, out) in out.chunks_exact(columns.len()).enumerate() {
-                let at = (plane * height + y) * full + columns.start;
-                let pixels = clean[at..][..columns.len()].iter_mut().zip(&image[at..]);
+            for (plane, out) in out.chunks_exact(pixels).enumerate() {
+                let at = (plane * full + band.region.start + y) * width + self.columns.start;
+                let pixels = clean[at..][..pixels].iter_mut().zip(&image[at..]);
                 for ((clean, &x), &out) in pixels.zip(out) {
                     *clean = x + sign * out;
-                }
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn chunks_are_whole_tiles_and_no_halo_reaches_beyond_the_next() {
-        for halo in [1, 4, 40, 100, 300] {
-            for width in 1..1500 {
-                let chunks = chunks(width, halo);
-                assert!(chunks[0].start == 0 && chunks[chunks.len() - 1].end == width);
-                for pair in chunks.windows(2) {
-                    assert!(pair[0].end == pair[1].start && pair[0].end.is_multiple_of(TILE));
-                    assert!(pair.iter().all(|chunk| chunk.len() >= halo), "{width}, {halo}");
                 }
             }
         }

@@ -58,8 +58,8 @@ impl Network {
         self.network.metadata().clone()
     }
 
-    /// The clean image (C, H, W) of a noisy one, float32, in panels of `tile` columns (0: as many as
-    /// fit 320 MB). Now and then `progress` is told the share that is done, and Ctrl-C is heard.
+    /// The clean image (C, H, W) of a noisy one, float32, in bands of `tile` rows (0: as many as
+    /// fit 256 MB). Now and then `progress` is told the share that is done, and Ctrl-C is heard.
     #[pyo3(signature = (image, tile, threads, progress=None))]
     fn denoise<'py>(
         &self,
