@@ -12,6 +12,7 @@
 mod layers;
 mod load;
 mod rings;
+mod schedule;
 mod stream;
 
 use std::collections::BTreeMap;

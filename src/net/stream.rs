@@ -5,9 +5,6 @@
 //!
 //! For that, every work lags behind the one before, up and to the left, by the halo that it reads: the
 //! panels and steps of the last works lean over the borders of the image.
-//!
-//! Each thread has a panel of its own as long as there are enough. Without work in it, it takes some of
-//! the others.
 
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -15,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::layers::{Conv, Layer};
 use super::rings::{Edge, Extents, Ring, Shared, SharedEdge};
+use super::schedule::{Schedule, Turn};
 use super::{NetError, Network};
 use crate::kernels::blocked::{First, GateWeights, Gated, Last, Row, Sink, padding};
 use crate::kernels::winograd::{Convolve, TILE};
@@ -190,7 +188,6 @@ impl Job<'_> {
         let mut spare = spare.unwrap_or_else(|| Spare { extents, ..Spare::default() });
         spare.grow(live, if plan.panels > 1 { plan.height } else { 0 });
         let height = plan.height;
-        let tasks = plan.panels * works.len();
         let flow = Flow {
             network,
             band,
@@ -202,10 +199,7 @@ impl Job<'_> {
                 .collect(),
             edges: spare.edges.iter_mut().map(Edge::share).collect(),
             state: Mutex::new(State {
-                fronts: vec![Front::default(); tasks],
-                oldest: 0,
-                begun: 0,
-                left: Vec::new(),
+                schedule: Schedule::new(works.len(), plan.panels, plan.steps, live),
                 until: Instant::now(),
                 failed: false,
             }),
@@ -213,15 +207,13 @@ impl Job<'_> {
             works,
             plan,
         };
-        let total = flow.plan.panels * flow.plan.steps;
         loop {
             flow.state().until = Instant::now() + PAUSE;
             parallel::for_each(self.threads, WORKERS, |_| flow.work());
-            let done = flow.done(&flow.state());
-            if !goes_on(done as f64 / total as f64) {
+            if !goes_on(flow.state().schedule.share()) {
                 return Err(NetError::Stopped);
             }
-            if done == total {
+            if flow.state().schedule.is_over() {
                 break;
             }
         }
@@ -270,23 +262,8 @@ impl Plan {
     }
 }
 
-/// How far a work is in a panel.
-#[derive(Clone, Copy, Default)]
-struct Front {
-    /// Steps.
-    done: usize,
-    /// Whether somebody is at the next one.
-    busy: bool,
-}
-
 struct State {
-    /// (panels, works)
-    fronts: Vec<Front>,
-    /// The first panel that is not complete, and the first that nobody has begun.
-    oldest: usize,
-    begun: usize,
-    /// Panels that were somebody's when it was time to pause.
-    left: Vec<usize>,
+    schedule: Schedule,
     /// When to take no more tasks, and pause.
     until: Instant,
     failed: bool,
@@ -309,12 +286,10 @@ struct Flow<'a> {
     news: Condvar,
 }
 
-/// The next step of a work in a panel.
+/// A turn, and the rows and columns that it writes.
 struct Task<'t, 'a> {
     flow: &'t Flow<'a>,
-    panel: usize,
-    work: usize,
-    step: usize,
+    turn: Turn,
     rows: Range<usize>,
     columns: Range<usize>,
 }
@@ -324,11 +299,7 @@ impl Drop for Task<'_, '_> {
     fn drop(&mut self) {
         let mut state = self.flow.state();
         state.failed |= std::thread::panicking();
-        let front = self.flow.at(self.panel, self.work);
-        state.fronts[front] = Front { done: self.step + 1, busy: false };
-        while state.oldest < state.begun && self.flow.is_complete(&state, state.oldest) {
-            state.oldest += 1;
-        }
+        state.schedule.complete(self.turn);
         self.flow.news.notify_all();
     }
 }
@@ -338,19 +309,10 @@ impl<'a> Flow<'a> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where the front of a work in a panel is.
-    fn at(&self, panel: usize, work: usize) -> usize {
-        panel * self.works.len() + work
-    }
-
-    fn is_complete(&self, state: &State, panel: usize) -> bool {
-        state.fronts[self.at(panel, self.works.len() - 1)].done == self.plan.steps
-    }
-
-    /// The steps of all panels that are complete.
-    fn done(&self, state: &State) -> usize {
-        let last = self.works.len() - 1;
-        (0..self.plan.panels).map(|panel| state.fronts[self.at(panel, last)].done).sum()
+    fn task(&self, turn: Turn) -> Task<'_, 'a> {
+        let rows = self.plan.rows(turn.work, turn.step);
+        let columns = self.plan.columns(turn.work, turn.panel);
+        Task { flow: self, turn, rows, columns }
     }
 
     /// Works on tasks until there are no more, or it is time to pause.
@@ -358,61 +320,26 @@ impl<'a> Flow<'a> {
         let mut home = None;
         let mut state = self.state();
         while !state.failed && Instant::now() < state.until {
-            if let Some(task) = self.take(&mut state, &mut home) {
+            if let Some(turn) = state.schedule.take(&mut home) {
                 drop(state);
-                // SAFETY: `take` gives a task away once.
+                let task = self.task(turn);
+                // SAFETY: the schedule gives a turn away once, when it can be taken.
                 unsafe { task.run() };
                 drop(task);
                 state = self.state();
-            } else if state.fronts.iter().any(|front| front.busy) {
+            } else if state.schedule.is_busy() {
                 state = self.news.wait(state).unwrap_or_else(PoisonError::into_inner);
             } else {
                 break;
             }
         }
-        state.left.extend(home);
-    }
-
-    /// A task that can be worked on: in the panel at home, which is one that nobody has begun if there is
-    /// one to have, or in another; as late in the network as there is one.
-    fn take(&self, state: &mut State, home: &mut Option<usize>) -> Option<Task<'_, 'a>> {
-        *home = home.filter(|&panel| !self.is_complete(state, panel)).or_else(|| state.left.pop());
-        if home.is_none() && state.begun < self.plan.panels.min(state.oldest + self.rings.len()) {
-            *home = Some(state.begun);
-            state.begun += 1;
-        }
-        for panel in home.iter().copied().chain(state.oldest..state.begun) {
-            for work in (0..self.works.len()).rev() {
-                if self.is_ready(state, panel, work) {
-                    let front = &mut state.fronts[self.at(panel, work)];
-                    front.busy = true;
-                    let step = front.done;
-                    let rows = self.plan.rows(work, step);
-                    let columns = self.plan.columns(work, panel);
-                    return Some(Task { flow: self, panel, work, step, rows, columns });
-                }
-            }
-        }
-        None
-    }
-
-    /// Whether the next step of a work in a panel can be taken: the work before has come so far, the one
-    /// after does not need the rows any more that will be overwritten, and the panel before has left its
-    /// edge.
-    fn is_ready(&self, state: &State, panel: usize, work: usize) -> bool {
-        let Front { done: step, busy } = state.fronts[self.at(panel, work)];
-        let done = |panel: usize, work: usize| state.fronts[self.at(panel, work)].done;
-        !busy
-            && step < self.plan.steps
-            && (work == 0 || done(panel, work - 1) > step)
-            && (work + 1 == self.works.len() || done(panel, work + 1) >= step)
-            && (panel == 0 || done(panel - 1, work) > step)
+        state.schedule.leave(home);
     }
 }
 
 impl Task<'_, '_> {
     /// # Safety
-    /// No task may be run twice, and only if [`Flow::is_ready`]. Then tasks write different rows of a ring
+    /// The turn must be one that [`Schedule::take`] gave, and run once. Then tasks write different rows of a ring
     /// or an edge, or different rings, into slots of rows that nobody needs any more, and what they read is
     /// complete.
     unsafe fn run(&self) {
@@ -423,27 +350,27 @@ impl Task<'_, '_> {
         let (rows, pixels) = (|| self.rows.clone(), self.columns.len());
         // SAFETY: the caller's promise.
         unsafe {
-            if self.work + 1 < works.len() {
-                let edge = (self.panel > 0).then(|| edges[self.work]);
+            if self.turn.work + 1 < works.len() {
+                let edge = (self.turn.panel > 0).then(|| edges[self.turn.work]);
                 let ends = self.columns.end == plan.width;
                 self.after().surround(rows(), pixels, edge, ends);
             }
             if pixels > 0 {
-                match works[self.work] {
+                match works[self.turn.work] {
                     Work::Convolve(layer) => self.convolve(layer),
                     Work::Gate(unit) => self.gate(unit),
                     Work::Finish => self.finish(),
                 }
             }
-            if self.work + 1 < works.len() && self.panel + 1 < plan.panels {
-                self.after().leave(rows(), pixels, edges[self.work]);
+            if self.turn.work + 1 < works.len() && self.turn.panel + 1 < plan.panels {
+                self.after().leave(rows(), pixels, edges[self.turn.work]);
             }
         }
     }
 
     /// What this work is to write.
     fn after(&self) -> Shared<'_> {
-        self.flow.rings[self.panel % self.flow.rings.len()][self.work]
+        self.flow.rings[self.turn.panel % self.flow.rings.len()][self.turn.work]
     }
 
     /// Row `y` of what the work before wrote, from `halo` pixels ahead of the first one on.
@@ -451,8 +378,8 @@ impl Task<'_, '_> {
     /// # Safety
     /// As [`Task::run`].
     unsafe fn before(&self, y: isize, halo: usize) -> Row<'_> {
-        let ring = self.flow.rings[self.panel % self.flow.rings.len()][self.work - 1];
-        let start = self.flow.plan.columns(self.work - 1, self.panel).start;
+        let ring = self.flow.rings[self.turn.panel % self.flow.rings.len()][self.turn.work - 1];
+        let start = self.flow.plan.columns(self.turn.work - 1, self.turn.panel).start;
         // SAFETY: the caller's promise.
         unsafe { ring.row(y, start - self.columns.start + halo) }
     }
