@@ -13,6 +13,7 @@
 use std::f32::consts::{FRAC_1_SQRT_2, SQRT_2};
 
 use super::blocked::{Row, Sink, padded};
+use crate::machine;
 use crate::memory::Aligned;
 use crate::simd::{Kernel, Simd};
 
@@ -35,6 +36,8 @@ pub struct Weights {
     /// (POINTS, groups of outputs, inputs, outputs of the group): a group is [`VECTORS`] vectors, the
     /// last may be one.
     packed: Aligned,
+    /// How far ahead of their use they are asked for: the elements of a group, or 0 for not at all.
+    ahead: usize,
     bias: Vec<f32>,
 }
 
@@ -55,7 +58,15 @@ impl Weights {
                 packed[at] = value as f32;
             }
         }
-        Self { inputs: depth, outputs, lanes, packed, bias }
+        // Weights come from the third-level cache, step by step of an image. Of the time of a network this
+        // saves 1 to 5 % on an Intel Xeon; on Zen 3, 4 and 5 it costs 2 to 3 %.
+        let ahead = if machine::has_large_second_level_cache() { group * depth } else { 0 };
+        Self { inputs: depth, outputs, lanes, packed, ahead, bias }
+    }
+
+    /// Moves the weights of all convolutions to one place, in the pages of which they are found faster.
+    pub fn gather<'a>(all: impl Iterator<Item = &'a mut Self>) {
+        Aligned::gather(&mut all.map(|weights| &mut weights.packed).collect::<Vec<_>>());
     }
 
     /// Input channels, whole blocks.
@@ -266,7 +277,7 @@ impl Convolve<'_> {
         (tile, stride): (*mut f32, usize),
         buffer: *mut f32,
     ) -> usize {
-        let &Weights { inputs, outputs, lanes, ref packed, .. } = self.weights;
+        let &Weights { inputs, outputs, lanes, ahead, ref packed, .. } = self.weights;
         // SAFETY: the groups from o on are in what `new` packed, the buffer has MAX_ROWS tiles, the
         // tiles are in reach as the caller says.
         unsafe {
@@ -281,9 +292,9 @@ impl Convolve<'_> {
                     false => (buffer.add(o * R), R * lanes),
                 };
                 if outputs - o >= VECTORS * lanes {
-                    mix::<S, R, VECTORS>(simd, (tile, stride), u, inputs / lanes, out);
+                    mix::<S, R, VECTORS>(simd, (tile, stride), (u, ahead), inputs / lanes, out);
                 } else {
-                    mix::<S, R, 1>(simd, (tile, stride), u, inputs / lanes, out);
+                    mix::<S, R, 1>(simd, (tile, stride), (u, ahead), inputs / lanes, out);
                 }
                 if last {
                     break;
@@ -349,7 +360,7 @@ impl Convolve<'_> {
 }
 
 /// out\[r\] = Σᵢ tile\[r\]\[i\] · u\[i\]: R tiles of `blocks` blocks, V vectors of outputs. Both come
-/// with the elements from one block to the next.
+/// with the elements from one block to the next, `u` with how far ahead to ask for more.
 ///
 /// # Safety
 /// The tiles, all their inputs times V vectors of `u`, and R times V vectors of `out` must be in reach.
@@ -357,7 +368,7 @@ impl Convolve<'_> {
 unsafe fn mix<S: Simd<f32>, const R: usize, const V: usize>(
     simd: S,
     (tile, stride): (*const f32, usize),
-    mut u: *const f32,
+    (mut u, ahead): (*const f32, usize),
     blocks: usize,
     (out, out_stride): (*mut f32, usize),
 ) {
@@ -371,6 +382,11 @@ unsafe fn mix<S: Simd<f32>, const R: usize, const V: usize>(
                 let mut weight = [simd.splat(0.0); V];
                 for (v, weight) in weight.iter_mut().enumerate() {
                     *weight = simd.load(u.add(v * lanes));
+                }
+                if ahead > 0 {
+                    for v in 0..V {
+                        simd.prefetch(u.wrapping_add(ahead + v * lanes));
+                    }
                 }
                 u = u.add(V * lanes);
                 for (r, acc) in acc.iter_mut().enumerate() {

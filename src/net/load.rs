@@ -35,7 +35,7 @@ pub(super) fn network(bytes: &[u8]) -> Result<Network, NetError> {
     file.agrees("features", features)?;
     file.agrees("depth", depth)?;
     let sizes = [features, channels, depth];
-    let (before, layers) = match architecture {
+    let (before, mut layers) = match architecture {
         Architecture::DnCnn => (Norm::identity(channels), file.dncnn(sizes)?),
         _ => file.xdncnn(architecture, sizes)?,
     };
@@ -48,6 +48,10 @@ pub(super) fn network(bytes: &[u8]) -> Result<Network, NetError> {
     if let Some(key) = file.tensors.keys().next() {
         return Err(file_error!("unexpected tensor {key:?} for a {}", architecture.name()));
     }
+    winograd::Weights::gather(layers.iter_mut().filter_map(|layer| match &mut layer.conv {
+        Conv::Dense(weights) => Some(weights),
+        Conv::First(_) => None,
+    }));
     Ok(Network {
         architecture,
         channels,

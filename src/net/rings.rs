@@ -46,8 +46,11 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    pub(super) fn new(extents: Extents) -> Self {
-        Self { data: Aligned::new(extents.ring()), extents }
+    /// One of each extents.
+    pub(super) fn several(extents: &[Extents]) -> Vec<Self> {
+        let lens: Vec<_> = extents.iter().map(Extents::ring).collect();
+        let data = Aligned::several(&lens).into_iter();
+        data.zip(extents).map(|(data, &extents)| Self { data, extents }).collect()
     }
 
     /// The ring of an image so high, for tasks that read some rows and write others.
@@ -171,8 +174,10 @@ pub(super) struct Edge {
 }
 
 impl Edge {
-    pub(super) fn new(rows: usize, extents: &Extents) -> Self {
-        Self { data: Aligned::new(rows * extents.edge()), rows }
+    /// One of each extents.
+    pub(super) fn several(rows: usize, extents: &[Extents]) -> Vec<Self> {
+        let lens: Vec<_> = extents.iter().map(|extents| rows * extents.edge()).collect();
+        Aligned::several(&lens).into_iter().map(|data| Self { data, rows }).collect()
     }
 
     pub(super) fn share(&mut self) -> SharedEdge<'_> {

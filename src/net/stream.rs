@@ -16,22 +16,32 @@ use super::schedule::{Schedule, Turn};
 use super::{NetError, Network};
 use crate::kernels::blocked::{First, GateWeights, Gated, Last, Row, Sink, padding};
 use crate::kernels::winograd::{Convolve, TILE};
+use crate::machine;
 use crate::ops::scratch::Scratch;
 use crate::parallel::{self, Threads};
 use crate::simd;
 
 /// Rows of a step: whole tiles of the convolutions and, of 3 or 4 rows, of the gates.
 pub(super) const STEP: usize = 3 * TILE;
-/// Columns of a panel: a step has whole register tiles, and what a work reads and writes in it fits the
-/// second-level cache. 32 and 80 columns take 1.02 and 1.03 times as long with the DnCNN of 17 convolutions at
-/// 321 × 481, steps of 8 and 24 rows 1.00 and 1.04 times (Zen 5 with 1 MiB, one thread).
-const SIDE: usize = 48;
 /// The widest image of a single panel: several have narrower ones among them, as each work lags.
 const WHOLE: usize = 128;
 /// From one question whether to go on to the next.
 const PAUSE: Duration = Duration::from_millis(100);
 /// More than there are threads.
 const WORKERS: usize = 1024;
+
+/// Columns of a panel, of which a step has whole register tiles. What a work reads and writes of 48 fits a
+/// second-level cache of 1 MiB: 32 and 80 columns take 1.02 and 1.03 times as long with the DnCNN of 17
+/// convolutions at 321 × 481, steps of 8 and 24 rows 1.00 and 1.04 times (Zen 5, one thread). Where it is
+/// larger, fewer and wider panels read the weights less often: 96 columns take 0.94 times as long there as 48,
+/// 64 0.97, 144 1.00 (an Intel Xeon with 2 MiB).
+fn side(width: usize) -> usize {
+    match width {
+        0..=WHOLE => width,
+        _ if machine::has_large_second_level_cache() => 96,
+        _ => 48,
+    }
+}
 
 /// What is done to the rows of an image on their way.
 #[derive(Clone, Copy)]
@@ -71,11 +81,6 @@ impl Work<'_> {
             Work::Gate(_) | Work::Finish => before,
         }
     }
-}
-
-/// The columns of a panel of an image so wide.
-fn side(width: usize) -> usize {
-    if width <= WHOLE { width } else { SIDE }
 }
 
 /// The extents of what is kept between each work and the next one, of a panel of so many columns.
@@ -144,10 +149,10 @@ impl Spare {
     /// Grows to rings for so many panels and edges of so many rows.
     fn grow(&mut self, live: usize, rows: usize) {
         while self.rings.len() < live {
-            self.rings.push(self.extents.iter().map(|&extents| Ring::new(extents)).collect());
+            self.rings.push(Ring::several(&self.extents));
         }
         if rows > self.rows {
-            self.edges = self.extents.iter().map(|extents| Edge::new(rows, extents)).collect();
+            self.edges = Edge::several(rows, &self.extents);
             self.rows = rows;
         }
     }
@@ -227,6 +232,7 @@ impl Job<'_> {
 
 /// Which rows and columns belong to a step and a panel of a work.
 struct Plan {
+    side: usize,
     height: usize,
     width: usize,
     panels: usize,
@@ -244,8 +250,9 @@ impl Plan {
                 lag
             })
             .collect();
-        let panels = if width <= WHOLE { 1 } else { (width + lag).div_ceil(SIDE) };
-        Self { height, width, panels, steps: (height + lag).div_ceil(STEP), lags }
+        let side = side(width);
+        let panels = if width <= WHOLE { 1 } else { (width + lag).div_ceil(side) };
+        Self { side, height, width, panels, steps: (height + lag).div_ceil(STEP), lags }
     }
 
     fn rows(&self, work: usize, step: usize) -> Range<usize> {
@@ -257,7 +264,7 @@ impl Plan {
         if self.panels == 1 {
             return 0..self.width;
         }
-        let edge = |i: usize| (i * SIDE).saturating_sub(self.lags[work]).min(self.width);
+        let edge = |i: usize| (i * self.side).saturating_sub(self.lags[work]).min(self.width);
         edge(panel)..edge(panel + 1)
     }
 }

@@ -2,60 +2,110 @@
 //! for fresh pages.
 
 use std::cell::RefCell;
-use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
+use std::ptr::NonNull;
 
 use crate::kernels::activation::{Affine, Fill};
 use crate::kernels::minimal::Filter;
 use crate::kernels::{MAX_LANES, conv};
-use crate::memory::{self, Line};
+use crate::memory::{Aligned, Line};
 use crate::shape::Geometry;
 use crate::simd::{self, Scalar};
 
-/// The most that a thread keeps for its next task: 16 MiB.
-const KEPT_LINES: usize = 1 << 18;
+const LINE: usize = align_of::<Line>() / size_of::<f32>();
+/// Elements of a thread's stack: two huge pages, of which the second one is rarely touched.
+const STACK: usize = 1 << 20;
+/// The most that a thread keeps beside its stack for its next task: 16 MiB.
+const KEPT: usize = 1 << 22;
+
+/// The memory that a thread does not give back.
+#[derive(Default)]
+struct Spare {
+    /// Where most scratches come from, one after the other: all in a huge page, and what one task has left
+    /// in a cache is there for the next one.
+    stack: Option<Aligned>,
+    /// The ends of what was taken of it, and whether it is still in use.
+    taken: Vec<(usize, bool)>,
+    /// What was too large for it.
+    large: Vec<Aligned>,
+}
 
 thread_local! {
-    static SPARE: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
+    static SPARE: RefCell<Spare> = RefCell::default();
+}
+
+impl Spare {
+    /// So many elements of the stack, if there are as many, and which they are.
+    fn take(&mut self, len: usize) -> Option<(NonNull<f32>, usize)> {
+        let start = self.taken.last().map_or(0, |&(end, _)| end);
+        if len > STACK - start {
+            return None;
+        }
+        let stack = self.stack.get_or_insert_with(|| Aligned::new(STACK)).as_non_null();
+        self.taken.push((start + len.next_multiple_of(LINE), true));
+        // SAFETY: it has so many elements.
+        Some((unsafe { stack.add(start) }, self.taken.len() - 1))
+    }
+
+    fn give_back(&mut self, taken: usize) {
+        self.taken[taken].1 = false;
+        // Mostly in the opposite order.
+        while self.taken.pop_if(|&mut (_, used)| !used).is_some() {}
+    }
+
+    /// The smallest that will do, but none that others will ask for; none is grown, which would copy what
+    /// nobody reads.
+    fn take_large(&mut self, len: usize) -> Option<Aligned> {
+        let fits = |large: &Aligned| (len..=4 * len).contains(&large.len());
+        let fit = self.large.iter().enumerate().filter(|(_, large)| fits(large));
+        let best = fit.min_by_key(|(_, large)| large.len()).map(|(i, _)| i);
+        best.map(|i| self.large.remove(i))
+    }
+
+    fn give_back_large(&mut self, large: Aligned) {
+        if large.len() > KEPT {
+            return;
+        }
+        self.large.push(large);
+        // What has lain there longest gives way.
+        while self.large.iter().map(|large| large.len()).sum::<usize>() > KEPT {
+            self.large.remove(0);
+        }
+    }
 }
 
 /// A slice of numbers, aligned to a cache line, of arbitrary content.
 pub(crate) struct Scratch<T> {
-    lines: Vec<Line>,
+    data: NonNull<T>,
     len: usize,
-    kind: PhantomData<T>,
+    source: Source,
+}
+
+enum Source {
+    /// Of this thread.
+    Stack(usize),
+    Large(Option<Aligned>),
 }
 
 impl<T: Scalar> Scratch<T> {
     pub(crate) fn new(len: usize) -> Self {
-        let count = (len * size_of::<T>()).div_ceil(size_of::<Line>());
-        // The smallest that will do, but none that others will ask for; none is grown, which would copy
-        // what nobody reads.
-        let lines = SPARE.with_borrow_mut(|spare| {
-            let fits = |lines: &Vec<Line>| (count..=4 * count).contains(&lines.len());
-            let fit = spare.iter().enumerate().filter(|(_, lines)| fits(lines));
-            let best = fit.min_by_key(|(_, lines)| lines.len()).map(|(i, _)| i);
-            best.map(|i| spare.remove(i))
-        });
-        let lines = lines.unwrap_or_else(|| memory::filled(count, Line([0; 64])));
-        Self { lines, len, kind: PhantomData }
+        let elements = len.saturating_mul(size_of::<T>()).div_ceil(size_of::<f32>());
+        SPARE.with_borrow_mut(|spare| match spare.take(elements) {
+            Some((data, taken)) => Self { data: data.cast(), len, source: Source::Stack(taken) },
+            None => {
+                let large = spare.take_large(elements).unwrap_or_else(|| Aligned::new(elements));
+                Self { data: large.as_non_null().cast(), len, source: Source::Large(Some(large)) }
+            }
+        })
     }
 }
 
 impl<T> Drop for Scratch<T> {
     fn drop(&mut self) {
-        let lines = std::mem::take(&mut self.lines);
-        if lines.is_empty() || lines.len() > KEPT_LINES {
-            return;
-        }
         // The thread may be ending, and its spare memory be gone.
-        let _ = SPARE.try_with(|spare| {
-            let mut spare = spare.borrow_mut();
-            spare.push(lines);
-            // What has lain there longest gives way.
-            while spare.iter().map(Vec::len).sum::<usize>() > KEPT_LINES {
-                spare.remove(0);
-            }
+        let _ = SPARE.try_with(|spare| match &mut self.source {
+            Source::Stack(taken) => spare.borrow_mut().give_back(*taken),
+            Source::Large(large) => spare.borrow_mut().give_back_large(large.take().unwrap()),
         });
     }
 }
@@ -64,16 +114,16 @@ impl<T: Scalar> Deref for Scratch<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        // SAFETY: `new` makes the lines long enough for `len` elements; they are initialised, and
-        // any bits are a valid floating-point number, which is all that a `Scalar` is.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+        // SAFETY: `new` takes `len` elements for this alone; they are initialised, and any bits are a valid
+        // floating-point number, which is all that a `Scalar` is.
+        unsafe { std::slice::from_raw_parts(self.data.as_ptr(), self.len) }
     }
 }
 
 impl<T: Scalar> DerefMut for Scratch<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         // SAFETY: as in `deref`.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
+        unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr(), self.len) }
     }
 }
 
@@ -202,6 +252,26 @@ mod tests {
         let again = Scratch::<f64>::new(400);
         assert_eq!(first.cast::<f64>(), again.as_ptr());
         assert!(first.addr().is_multiple_of(64) && again.len() == 400);
+    }
+
+    #[test]
+    fn scratches_are_apart_in_whatever_order_they_go() {
+        let lens = [100, STACK / 2, 0, STACK, 7, STACK / 2, 1000];
+        for first in 0..lens.len() {
+            let mut all: Vec<_> = lens.iter().map(|&len| Some(Scratch::<f32>::new(len))).collect();
+            for round in 0..2 * lens.len() {
+                let i = (first + 3 * round) % lens.len();
+                all[i] = None;
+                all[i] = Some(Scratch::new(lens[i]));
+                all[i].as_mut().unwrap().fill(i as f32);
+                for (i, one) in
+                    all.iter().enumerate().skip(usize::from(round < lens.len()) * lens.len())
+                {
+                    assert!(one.as_ref().unwrap().iter().all(|&x| x == i as f32));
+                }
+            }
+        }
+        assert!(SPARE.with_borrow(|spare| spare.taken.is_empty()));
     }
 
     #[test]
