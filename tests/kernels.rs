@@ -14,7 +14,7 @@ use xunit_rs::kernels::transpose::Transpose;
 use xunit_rs::kernels::{MAX_LANES, conv, general};
 use xunit_rs::reference;
 use xunit_rs::shape::{Batch, Conv, Geometry};
-use xunit_rs::simd::{Isa, Scalar, available};
+use xunit_rs::simd::{Isa, Kernel, Scalar, Simd, available};
 
 /// Kernel extents: each size that has its own code, those between, even ones, flat and tall ones.
 const KERNELS: [(usize, usize); 26] = [
@@ -665,4 +665,37 @@ fn transpose_in<T: Scalar>(isa: Isa, pixels: usize, channels: usize) {
 fn a_transpose_whose_extent_overflows() {
     let mut to = [0f32; 17];
     let _ = Transpose::gather((&[0f32; 1], 1 << 60), (&mut to, 17), 17, 1);
+}
+
+/// Sigmoids of numbers.
+struct Sigmoids<'a>(&'a [f32]);
+
+impl Kernel<f32> for Sigmoids<'_> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn run<S: Simd<f32>>(self, simd: S) -> Vec<f32> {
+        let mut out = vec![0.0; self.0.len()];
+        for (out, &x) in out.iter_mut().zip(self.0) {
+            // SAFETY: one element.
+            unsafe { simd.store_first(simd.sigmoid(simd.splat(x)), out, 1) };
+        }
+        out
+    }
+}
+
+#[test]
+fn sigmoids_are_within_a_few_roundings() {
+    let grid: Vec<_> = (-870_000..=1_000_000).step_by(7).map(|i| i as f32 * 1e-4).collect();
+    let (inf, nan) = (f32::INFINITY, f32::NAN);
+    for isa in available() {
+        for (&x, got) in grid.iter().zip(f32::dispatch(isa, Sigmoids(&grid))) {
+            let want = 1.0 / (1.0 + (-f64::from(x)).exp());
+            let error = (f64::from(got) - want).abs() / want;
+            assert!(error <= 3e-7, "{isa}: {x}: {got}, not {want}: {error:e}");
+        }
+        let edges = f32::dispatch(isa, Sigmoids(&[0.0, -0.0, inf, -inf, 3e38, -3e38, nan]));
+        assert_eq!(edges[..6], [0.5, 0.5, 1.0, 0.0, 1.0, 0.0], "{isa}");
+        assert!(edges[6].is_nan(), "{isa}");
+    }
 }

@@ -462,17 +462,21 @@ impl Task<'_, '_> {
         let lanes = simd::selected_lanes::<f32>();
         let mut scratch = Scratch::new(weights.scratch(self.rows.len(), pixels, lanes));
         let Plan { height, width, .. } = self.flow.plan;
-        let (top, bottom) = padding(&self.rows, halo, height);
-        let (left, right) = padding(&self.columns, halo, width);
-        let around = self.rows.start + top - halo..self.rows.end + halo - bottom;
+        // The zeros of the ring, or those that the gate must put there itself.
+        let ((top, bottom), (left, right)) = match weights.keeps_zeros() {
+            true => ((0, 0), (0, 0)),
+            false => (padding(&self.rows, halo, height), padding(&self.columns, halo, width)),
+        };
+        let first = self.rows.start as isize + top as isize - halo as isize;
+        let around = first..(self.rows.end + halo - bottom) as isize;
         // SAFETY: the caller's promise.
         unsafe {
-            let row = |y, before| self.before(y as isize, before);
+            let row = |y, before| self.before(y, before);
             let out = self.after().rows_mut(self.rows.clone());
             simd::dispatch(Gated {
                 weights,
                 v: &around.map(|y| row(y, halo - left)).collect::<Vec<_>>(),
-                x: &self.rows.clone().map(|y| row(y, 0)).collect::<Vec<_>>(),
+                x: &self.rows.clone().map(|y| row(y as isize, 0)).collect::<Vec<_>>(),
                 padding: [top, bottom, left, right],
                 pixels,
                 out: &out,
