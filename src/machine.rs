@@ -73,7 +73,6 @@ pub(crate) fn has_large_second_level_cache() -> bool {
 }
 
 /// Bytes of a core's second-level cache; 0 where that is not known.
-
 #[cfg(target_arch = "x86_64")]
 fn second_level_cache() -> usize {
     use std::arch::x86_64::__cpuid_count;

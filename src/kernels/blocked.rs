@@ -650,15 +650,15 @@ impl Gated<'_> {
         // a line for each vector, which is no longer than a line.
         unsafe {
             if R > 1 {
-                acc = self.taps(simd, acc, block, source, at, 0..1, (0, 1));
-                acc = self.taps(simd, acc, block, source, at, 1..2, (0, 2));
-                acc = self.taps(simd, acc, block, source, at, 2..3, (0, 3));
+                acc = self.taps(simd, acc, (block, source), at, 0..1, (0, 1));
+                acc = self.taps(simd, acc, (block, source), at, 1..2, (0, 2));
+                acc = self.taps(simd, acc, (block, source), at, 2..3, (0, 3));
             }
-            acc = self.taps(simd, acc, block, source, at, R - 1..k, (0, R));
+            acc = self.taps(simd, acc, (block, source), at, R - 1..k, (0, R));
             if R > 1 {
-                acc = self.taps(simd, acc, block, source, at, k..k + 1, (1, R));
-                acc = self.taps(simd, acc, block, source, at, k + 1..k + 2, (2, R));
-                acc = self.taps(simd, acc, block, source, at, k + 2..k + 3, (3, R));
+                acc = self.taps(simd, acc, (block, source), at, k..k + 1, (1, R));
+                acc = self.taps(simd, acc, (block, source), at, k + 1..k + 2, (2, R));
+                acc = self.taps(simd, acc, (block, source), at, k + 2..k + 3, (3, R));
             }
             for (r, acc) in acc.iter().enumerate() {
                 for (c, &acc) in acc.iter().enumerate() {
@@ -680,8 +680,7 @@ impl Gated<'_> {
         &self,
         simd: S,
         mut acc: [[S::V; C]; R],
-        block: usize,
-        source: Source,
+        (block, source): (usize, Source),
         (start, y, x): (usize, usize, usize),
         rows: Range<usize>,
         (low, high): (usize, usize),
