@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use crate::kernels::peak::{Copy, MultiplyAdd, Read};
 use crate::parallel::{self, Threads};
-use crate::simd;
+use crate::simd::{self, Isa};
 
 /// Tasks for each thread of a turn, so that a thread that is late or disturbed has less to do.
 const TASKS: usize = 32;
@@ -65,10 +65,11 @@ pub fn bandwidth(threads: usize, seconds: f64, mib: usize) -> Bandwidth {
     Bandwidth { read, copy }
 }
 
-/// Whether a core's second-level cache has 2 MiB or more, as Intel's have whose third-level cache is far
-/// away; no, where that is not known.
+/// Whether a core with AVX-512 has a second-level cache of 2 MiB or more, as Intel's have whose third-level
+/// cache is far away; no, where that is not known. Without AVX-512 several cores may share one.
 pub(crate) fn has_large_second_level_cache() -> bool {
-    static LARGE: LazyLock<bool> = LazyLock::new(|| second_level_cache() >= 2 << 20);
+    static LARGE: LazyLock<bool> =
+        LazyLock::new(|| simd::selected() == Isa::Avx512 && second_level_cache() >= 2 << 20);
     *LARGE
 }
 
@@ -76,8 +77,9 @@ pub(crate) fn has_large_second_level_cache() -> bool {
 #[cfg(target_arch = "x86_64")]
 fn second_level_cache() -> usize {
     use std::arch::x86_64::__cpuid_count;
-    // The processor's list of its caches: leaf 4 (Intel) or 0x8000_001d (AMD), of the same form.
-    for leaf in [4, 0x8000_001d] {
+    // The processor's list of its caches, which is of the same form as AMD's leaf, which Intel lacks, and as
+    // Intel's, which an AMD machine may seem to have if it is virtual.
+    for leaf in [0x8000_001d, 4] {
         if __cpuid_count(leaf & 0x8000_0000, 0).eax < leaf {
             continue;
         }

@@ -78,8 +78,8 @@ impl Aligned {
         let lines = |len: usize| len.div_ceil(LINE / size_of::<f32>());
         let total = lens.iter().fold(0_usize, |sum, &len| sum.saturating_add(lines(len)));
         let bytes = total.saturating_mul(LINE);
-        // More than is used, as the allocator would write to aligned memory at once. Whole huge pages
-        // where most of one is used.
+        // More than is used, as the allocator would write to aligned memory at once; from half a huge page on
+        // in whole ones.
         let (align, bytes) = match bytes < PAGE / 2 {
             true => (LINE, bytes),
             false => (PAGE, bytes.checked_next_multiple_of(PAGE).unwrap_or(bytes)),

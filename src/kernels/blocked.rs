@@ -10,7 +10,6 @@ use std::ops::Range;
 
 use super::activation::Gate;
 use super::minimal::{self, Filter};
-use crate::machine;
 use crate::memory::Line;
 use crate::simd::{Kernel, Simd};
 
@@ -406,11 +405,7 @@ impl GateWeights {
     /// Takes rows by minimal filtering, where that is faster: then where a sum is not finite others
     /// around it may not be either.
     pub fn filtered(self, lanes: usize) -> Self {
-        let k = self.k;
-        // Two multiply-adds of 16 lanes at a time, and rows that are read in place: the network of 2021 takes
-        // 0.955 times as long (an Intel Xeon, which is what such caches tell of).
-        let plain = k == 7 && lanes == 16 && machine::has_large_second_level_cache();
-        let filter = if plain { None } else { Filter::of(k) };
+        let (k, filter) = (self.k, Filter::of(self.k));
         match filter {
             None => self,
             Some(of) => Self {
@@ -493,6 +488,7 @@ impl Kernel<f32> for Gated<'_> {
         assert!(self.v.len() + top + bottom == rows + k - 1 && self.x.len() == rows);
         let columns = self.width() - left - right;
         assert!(self.v.iter().all(|row| row.reaches(blocks, columns, lanes)));
+        assert!(self.v.iter().all(|row| row.step == self.v[0].step));
         assert!(self.x.iter().all(|row| row.reaches(blocks, self.pixels, lanes)));
         assert!(self.out.iter().all(|row| row.reaches(blocks, self.pixels, lanes)));
         assert!(self.scratch.len() >= self.weights.scratch(rows, self.pixels, lanes));
@@ -631,7 +627,7 @@ impl Gated<'_> {
     /// R rows of C pixels of a block, the y-th of those from `start` on. Returns C.
     ///
     /// # Safety
-    /// As [`Gated::plain`], with what is read of u in the scratch, and k ≥ R − 1.
+    /// As [`Gated::plain`], with what is read of u in the source, and k ≥ R − 1.
     #[inline(always)]
     unsafe fn tile<S: Simd<f32>, const R: usize, const C: usize>(
         &self,

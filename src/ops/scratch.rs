@@ -56,7 +56,7 @@ impl Spare {
     /// The smallest that will do, but none that others will ask for; none is grown, which would copy what
     /// nobody reads.
     fn take_large(&mut self, len: usize) -> Option<Aligned> {
-        let fits = |large: &Aligned| (len..=4 * len).contains(&large.len());
+        let fits = |large: &Aligned| (len..=len.saturating_mul(4)).contains(&large.len());
         let fit = self.large.iter().enumerate().filter(|(_, large)| fits(large));
         let best = fit.min_by_key(|(_, large)| large.len()).map(|(i, _)| i);
         best.map(|i| self.large.remove(i))
@@ -74,7 +74,8 @@ impl Spare {
     }
 }
 
-/// A slice of numbers, aligned to a cache line, of arbitrary content.
+/// A slice of numbers, aligned to a cache line, of arbitrary content. It must not lie in a thread-local, which
+/// may outlive the thread's stack.
 pub(crate) struct Scratch<T> {
     data: NonNull<T>,
     len: usize,
@@ -102,10 +103,9 @@ impl<T: Scalar> Scratch<T> {
 
 impl<T> Drop for Scratch<T> {
     fn drop(&mut self) {
-        // The thread may be ending, and its spare memory be gone.
-        let _ = SPARE.try_with(|spare| match &mut self.source {
-            Source::Stack(taken) => spare.borrow_mut().give_back(*taken),
-            Source::Large(large) => spare.borrow_mut().give_back_large(large.take().unwrap()),
+        SPARE.with_borrow_mut(|spare| match &mut self.source {
+            Source::Stack(taken) => spare.give_back(*taken),
+            Source::Large(large) => spare.give_back_large(large.take().unwrap()),
         });
     }
 }
