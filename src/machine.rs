@@ -1,13 +1,12 @@
-//! The machine's own limits: how large its second-level cache is, and, measured, what the times of the
-//! operations are held against.
+//! The machine's own limits, measured: what the times of the operations are held against.
 
 use std::hint::black_box;
-use std::sync::{LazyLock, Mutex};
+use std::sync::Mutex;
 use std::time::Instant;
 
 use crate::kernels::peak::{Copy, MultiplyAdd, Read};
 use crate::parallel::{self, Threads};
-use crate::simd::{self, Isa};
+use crate::simd;
 
 /// Tasks for each thread of a turn, so that a thread that is late or disturbed has less to do.
 const TASKS: usize = 32;
@@ -65,45 +64,6 @@ pub fn bandwidth(threads: usize, seconds: f64, mib: usize) -> Bandwidth {
     Bandwidth { read, copy }
 }
 
-/// Whether a core with AVX-512 has a second-level cache of 2 MiB or more, as Intel's have whose third-level
-/// cache is far away; no, where that is not known. Without AVX-512 several cores may share one.
-pub(crate) fn has_large_second_level_cache() -> bool {
-    static LARGE: LazyLock<bool> =
-        LazyLock::new(|| simd::selected() == Isa::Avx512 && second_level_cache() >= 2 << 20);
-    *LARGE
-}
-
-/// Bytes of a core's second-level cache; 0 where that is not known.
-#[cfg(target_arch = "x86_64")]
-fn second_level_cache() -> usize {
-    use std::arch::x86_64::__cpuid_count;
-    // The processor's list of its caches, which is of the same form as AMD's leaf, which Intel lacks, and as
-    // Intel's, which an AMD machine may seem to have if it is virtual.
-    for leaf in [0x8000_001d, 4] {
-        if __cpuid_count(leaf & 0x8000_0000, 0).eax < leaf {
-            continue;
-        }
-        for cache in (0..16).map(|i| __cpuid_count(leaf, i)) {
-            let (kind, level) = (cache.eax & 31, cache.eax >> 5 & 7);
-            if kind == 0 {
-                break;
-            }
-            if level == 2 {
-                let field =
-                    |low: u32, bits: u32| (cache.ebx >> low & ((1 << bits) - 1)) as usize + 1;
-                // Ways, partitions, bytes of a line, sets.
-                return field(22, 10) * field(12, 10) * field(0, 12) * (cache.ecx as usize + 1);
-            }
-        }
-    }
-    0
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn second_level_cache() -> usize {
-    0
-}
-
 fn resolve(threads: usize) -> usize {
     if threads == 0 { parallel::default_threads() } else { threads }
 }
@@ -127,13 +87,6 @@ fn best(seconds: f64, turn: impl Fn() -> usize) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_second_level_cache_is_of_a_plausible_size() {
-        let bytes = second_level_cache();
-        assert!(bytes == 0 || (1 << 17..1 << 26).contains(&bytes), "{bytes}");
-        assert_eq!(bytes % 4096, 0);
-    }
 
     #[test]
     fn limits_are_finite_and_positive() {

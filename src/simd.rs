@@ -6,7 +6,7 @@
 //! vectorises for the same instruction set, because every kernel is inlined into [`dispatch`].
 
 use std::fmt;
-use std::sync::OnceLock;
+use std::sync::{LazyLock, OnceLock};
 
 #[cfg(target_arch = "aarch64")]
 use rten_simd::isa::ArmNeonIsa;
@@ -78,6 +78,45 @@ pub fn requested() -> Result<Isa, String> {
 pub fn selected() -> Isa {
     static ISA: OnceLock<Isa> = OnceLock::new();
     *ISA.get_or_init(|| requested().unwrap_or_else(|_| available()[0]))
+}
+
+/// Whether a core with AVX-512 has a second-level cache of 2 MiB or more, as Intel's have whose third-level
+/// cache is far away; no, where that is not known. Without AVX-512 several cores may share one.
+pub(crate) fn has_large_second_level_cache() -> bool {
+    static LARGE: LazyLock<bool> =
+        LazyLock::new(|| selected() == Isa::Avx512 && second_level_cache() >= 2 << 20);
+    *LARGE
+}
+
+/// Bytes of a core's second-level cache; 0 where that is not known.
+#[cfg(target_arch = "x86_64")]
+fn second_level_cache() -> usize {
+    use std::arch::x86_64::__cpuid_count;
+    // The processor's list of its caches: AMD's leaf first, which Intel lacks, then Intel's, which a virtual
+    // AMD machine may seem to have. Both are of the same form.
+    for leaf in [0x8000_001d, 4] {
+        if __cpuid_count(leaf & 0x8000_0000, 0).eax < leaf {
+            continue;
+        }
+        for cache in (0..16).map(|i| __cpuid_count(leaf, i)) {
+            let (kind, level) = (cache.eax & 31, cache.eax >> 5 & 7);
+            if kind == 0 {
+                break;
+            }
+            if level == 2 {
+                let field =
+                    |low: u32, bits: u32| (cache.ebx >> low & ((1 << bits) - 1)) as usize + 1;
+                // Ways, partitions, bytes of a line, sets.
+                return field(22, 10) * field(12, 10) * field(0, 12) * (cache.ecx as usize + 1);
+            }
+        }
+    }
+    0
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn second_level_cache() -> usize {
+    0
 }
 
 /// A floating-point type that the kernels compute in.
@@ -519,4 +558,16 @@ pub fn selected_lanes<T: Scalar>() -> usize {
         }
     }
     dispatch::<T, _>(Lanes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_second_level_cache_is_of_a_plausible_size() {
+        let bytes = second_level_cache();
+        assert!(bytes == 0 || (1 << 17..1 << 26).contains(&bytes), "{bytes}");
+        assert_eq!(bytes % 4096, 0);
+    }
 }

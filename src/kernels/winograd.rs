@@ -13,9 +13,8 @@
 use std::f32::consts::{FRAC_1_SQRT_2, SQRT_2};
 
 use super::blocked::{Row, Sink, padded};
-use crate::machine;
 use crate::memory::Aligned;
-use crate::simd::{Kernel, Simd};
+use crate::simd::{self, Kernel, Simd};
 
 /// Rows and columns of outputs of a tile.
 pub const TILE: usize = 4;
@@ -60,7 +59,7 @@ impl Weights {
         }
         // Weights come from the third-level cache, step by step of an image. Of the time of a network this
         // saves 1 to 5 % on an Intel Xeon; on Zen 3, 4 and 5 it costs 2 to 3 %.
-        let ahead = if machine::has_large_second_level_cache() { group * depth } else { 0 };
+        let ahead = if simd::has_large_second_level_cache() { group * depth } else { 0 };
         Self { inputs: depth, outputs, lanes, packed, ahead, bias }
     }
 

@@ -3,7 +3,7 @@
 use crate::kernels::activation::Gate;
 use crate::kernels::blocked::{FirstWeights, GateWeights, Maps, padded};
 use crate::kernels::winograd;
-use crate::machine;
+use crate::simd;
 
 /// Batch norm's ε, as in `torch.nn.BatchNorm2d`.
 const EPS: f64 = 1e-5;
@@ -98,7 +98,7 @@ impl UnitParts {
         let weights = GateWeights::new((self.gate, self.k), taps, bias, rectifier, after, lanes);
         // Plain sums that read the rows in place, where two units multiply and add 16 lanes each, as they do
         // where such caches are: the network of 2021 takes 0.955 times as long (an Intel Xeon).
-        let plain = self.k == 7 && weights.keeps_zeros() && machine::has_large_second_level_cache();
+        let plain = self.k == 7 && weights.keeps_zeros() && simd::has_large_second_level_cache();
         if plain { weights } else { weights.filtered(lanes) }
     }
 }

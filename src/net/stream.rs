@@ -16,7 +16,6 @@ use super::schedule::{Schedule, Turn};
 use super::{NetError, Network};
 use crate::kernels::blocked::{First, GateWeights, Gated, Last, Row, Sink, padding};
 use crate::kernels::winograd::{Convolve, TILE};
-use crate::machine;
 use crate::ops::scratch::Scratch;
 use crate::parallel::{self, Threads};
 use crate::simd;
@@ -38,7 +37,7 @@ const WORKERS: usize = 1024;
 fn side(width: usize) -> usize {
     match width {
         0..=WHOLE => width,
-        _ if machine::has_large_second_level_cache() => 96,
+        _ if simd::has_large_second_level_cache() => 96,
         _ => 48,
     }
 }
