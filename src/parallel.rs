@@ -12,6 +12,8 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use crate::simd;
+
 /// A pool of so many threads of a process.
 struct Pool {
     process: u32,
@@ -173,6 +175,7 @@ impl Work<'_> {
             self.next.store(self.tasks, Ordering::Relaxed);
             *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
         }
+        simd::fence();
     }
 }
 
@@ -185,11 +188,13 @@ unsafe extern "C" fn run_for_host(_: i64, _: i64, context: *mut c_void) {
 /// Runs `f(0)`, …, `f(tasks - 1)`, each once, on at most so many threads.
 ///
 /// The split into tasks is the caller's, so that results do not depend on the thread count. One
-/// thread or one task runs here, on the caller, and touches no pool.
+/// thread or one task runs here, on the caller, and touches no pool. What the tasks have streamed may be read
+/// when this returns.
 pub fn for_each(threads: Threads, tasks: usize, f: impl Fn(usize) + Sync) {
     let count = threads.count();
     if count.min(tasks) < 2 {
-        return (0..tasks).for_each(f);
+        (0..tasks).for_each(f);
+        return simd::fence();
     }
     let work = Work { f: &f, next: AtomicUsize::new(0), tasks, panic: Mutex::new(None) };
     let host = if matches!(threads, Threads::Host(_)) { host() } else { None };

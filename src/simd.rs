@@ -6,6 +6,7 @@
 //! vectorises for the same instruction set, because every kernel is inlined into [`dispatch`].
 
 use std::fmt;
+use std::mem::transmute_copy;
 use std::sync::{LazyLock, OnceLock};
 
 #[cfg(target_arch = "aarch64")]
@@ -119,6 +120,15 @@ fn second_level_cache() -> usize {
     0
 }
 
+/// After [`Simd::stream`]s of this thread: what they wrote may be read, by any thread.
+pub fn fence() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 CPU has the instruction.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
+}
+
 /// A floating-point type that the kernels compute in.
 pub trait Scalar: Copy + Send + Sync + PartialOrd + Default + fmt::Debug + 'static {
     const ZERO: Self;
@@ -162,12 +172,28 @@ pub trait Simd<T: Scalar>: Copy {
     unsafe fn load_first(self, ptr: *const T, n: usize) -> Self::V;
     /// Asks for the cache line at `ptr`, which may point anywhere.
     fn prefetch(self, ptr: *const T);
+    /// [`Simd::prefetch`] to the second-level cache.
+    #[inline(always)]
+    fn prefetch_second(self, ptr: *const T) {
+        self.prefetch(ptr);
+    }
     /// # Safety
     /// `ptr` must be valid for writing `lanes` elements.
     unsafe fn store(self, x: Self::V, ptr: *mut T);
     /// # Safety
     /// `ptr` must be valid for writing `n` ≤ `lanes` elements.
     unsafe fn store_first(self, x: Self::V, ptr: *mut T, n: usize);
+    /// [`Simd::store`] past the caches, where the instruction set can: what is not read again soon takes
+    /// half the traffic so, as its lines are not fetched before they are written. Neither may they be,
+    /// before [`fence`].
+    ///
+    /// # Safety
+    /// `ptr` must be valid for writing `lanes` elements, and aligned to as many.
+    #[inline(always)]
+    unsafe fn stream(self, x: Self::V, ptr: *mut T) {
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.store(x, ptr) }
+    }
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
@@ -259,24 +285,68 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> F32<I, TILE_VECTORS> {
         ops.lt(numbers, ops.splat(n as f32))
     }
 
-    /// a / x, where 1 / x is a normal number.
+    /// AVX-512 does with one instruction what others need several for. Of this architecture's instruction sets
+    /// it alone has 16 lanes: its vectors are `__m512`.
+    #[cfg(target_arch = "x86_64")]
+    const AVX512: bool = size_of::<I::F32>() == 64;
+    #[cfg(not(target_arch = "x86_64"))]
+    const AVX512: bool = false;
+
+    /// 1 / x, a normal number.
     #[inline(always)]
-    fn ratio(self, a: I::F32, x: I::F32) -> I::F32 {
+    fn reciprocal(self, x: I::F32) -> I::F32 {
         let ops = self.0.f32();
         #[cfg(target_arch = "x86_64")]
-        if ops.len() == 16 {
+        if const { Self::AVX512 } {
             use std::arch::x86_64::{__m512, _mm512_rcp14_ps};
-            use std::mem::transmute_copy;
-            // SAFETY: of this architecture's instruction sets only AVX-512 has 16 lanes: both are its vectors.
+            // SAFETY: see `AVX512`.
             let rough: I::F32 =
                 unsafe { transmute_copy(&_mm512_rcp14_ps(transmute_copy::<I::F32, __m512>(&x))) };
             // A step of Newton's takes 14 bits to 28. A division of so many lanes takes 16 cycles (Intel).
             let error = ops.mul_sub_from(rough, x, ops.one());
-            return ops.mul(a, ops.mul_add(rough, error, rough));
+            return ops.mul_add(rough, error, rough);
         }
-        ops.div(a, x)
+        ops.reciprocal(x)
+    }
+
+    /// exp(x) of x ≤ 88; zero where it is no normal number.
+    #[inline(always)]
+    fn exp(self, x: I::F32) -> I::F32 {
+        // rten-vecmath's `Exp` has the same steps, and twice as many for x > 0 and for results that
+        // are no normal numbers.
+        let (ops, ints) = (self.0.f32(), self.0.i32());
+        let fma = |a, b, c| ops.mul_add(a, ops.splat(b), c);
+        // x = n · ln 2 + r with an integer n, of which the sum with 1.5 · 2²³ has no fraction.
+        let magic = ops.splat(12_582_912.0);
+        let n = ops.sub(fma(x, std::f32::consts::LOG2_E, magic), magic);
+        // ln 2 in two parts, of which the products of n and the first are exact.
+        let r = fma(n, 2.121_944_4e-4, fma(n, -0.693_359_4, x));
+        // exp(r) within 3e-9 where |r| ≤ ln 2 / 2, all but the rounding of its steps.
+        let mut y = ops.splat(1.381_446_7e-3);
+        for coefficient in [8.368_781e-3, 4.166_839_4e-2, 0.166_665_2, 0.499_999_93, 1.0, 1.0] {
+            y = ops.mul_add(y, r, ops.splat(coefficient));
+        }
+        let least = ops.splat(LEAST);
+        #[cfg(target_arch = "x86_64")]
+        if const { Self::AVX512 } {
+            use std::arch::x86_64::{
+                __m512, _CMP_NLT_UQ, _mm512_cmp_ps_mask, _mm512_maskz_scalef_ps,
+            };
+            // SAFETY: see `AVX512`. Subnormal numbers would take 280 cycles; they are masked.
+            unsafe {
+                let of = |v: I::F32| transmute_copy::<I::F32, __m512>(&v);
+                let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(of(x), of(least));
+                return transmute_copy(&_mm512_maskz_scalef_ps(normal, of(y), of(n)));
+            }
+        }
+        let power = ints.shift_left::<23>(ints.add(ops.to_int_trunc(n), ints.splat(127)));
+        let y = ops.mul(y, power.reinterpret_cast());
+        ops.select(ops.zero(), y, ops.lt(x, least))
     }
 }
+
+/// Below, the exponential is no normal number.
+const LEAST: f32 = -87.336_54;
 
 impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
     type V = I::F32;
@@ -304,6 +374,13 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
     fn prefetch(self, ptr: *const f32) {
         self.0.f32().prefetch(ptr);
     }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn prefetch_second(self, ptr: *const f32) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: every x86-64 CPU has the instruction, which does nothing but ask.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(ptr.cast()) }
+    }
     #[inline(always)]
     unsafe fn store(self, x: I::F32, ptr: *mut f32) {
         // SAFETY: the caller's promise is the same.
@@ -313,6 +390,20 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
     unsafe fn store_first(self, x: I::F32, ptr: *mut f32, n: usize) {
         // SAFETY: the mask is set for the first `n` lanes alone, which the caller vouches for.
         unsafe { self.0.f32().store_ptr_mask(x, ptr, self.first(n)) }
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn stream(self, x: I::F32, ptr: *mut f32) {
+        use std::arch::x86_64::{_mm256_stream_ps, _mm512_stream_ps};
+        // SAFETY: the caller's promise is the same; of this architecture's instruction sets those with so
+        // many lanes are AVX-512 and AVX2.
+        unsafe {
+            match self.lanes() {
+                16 => _mm512_stream_ps(ptr, transmute_copy(&x)),
+                8 => _mm256_stream_ps(ptr, transmute_copy(&x)),
+                _ => self.store(x, ptr),
+            }
+        }
     }
     #[inline(always)]
     fn add(self, a: I::F32, b: I::F32) -> I::F32 {
@@ -346,23 +437,7 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
     }
     #[inline(always)]
     fn exp_negative(self, x: I::F32) -> I::F32 {
-        // rten-vecmath's `Exp` has the same steps, and twice as many for x > 0 and for results that
-        // are no normal numbers: those are zero here.
-        let (ops, ints) = (self.0.f32(), self.0.i32());
-        let fma = |a, b, c| ops.mul_add(a, ops.splat(b), c);
-        // x = n · ln 2 + r with an integer n, of which the sum with 1.5 · 2²³ has no fraction.
-        let magic = ops.splat(12_582_912.0);
-        let n = ops.sub(fma(x, std::f32::consts::LOG2_E, magic), magic);
-        // ln 2 in two parts, of which the products of n and the first are exact.
-        let r = fma(n, 2.121_944_4e-4, fma(n, -0.693_359_4, x));
-        // exp(r) within 3e-9 where |r| ≤ ln 2 / 2, all but the rounding of its steps.
-        let mut y = ops.splat(1.381_446_7e-3);
-        for coefficient in [8.368_781e-3, 4.166_839_4e-2, 0.166_665_2, 0.499_999_93, 1.0, 1.0] {
-            y = ops.mul_add(y, r, ops.splat(coefficient));
-        }
-        let power = ints.shift_left::<23>(ints.add(ops.to_int_trunc(n), ints.splat(127)));
-        let y = ops.mul(y, power.reinterpret_cast());
-        ops.select(ops.zero(), y, ops.lt(x, ops.splat(-87.336_54)))
+        self.exp(x)
     }
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
@@ -379,10 +454,12 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
     }
     #[inline(always)]
     fn sigmoid(self, x: I::F32) -> I::F32 {
-        // rten-vecmath's `Sigmoid` takes the exponential of both signs.
-        let (ops, one) = (self.0.f32(), self.0.f32().one());
-        let e = self.exp_negative(self.select_le_zero(x, x, ops.neg(x)));
-        self.ratio(self.select_le_zero(x, e, one), ops.add(one, e))
+        // rten-vecmath's `Sigmoid` takes more steps for the same.
+        let ops = self.0.f32();
+        let e = self.exp(ops.neg(x));
+        let y = self.reciprocal(ops.add(ops.one(), e));
+        // Where it is no normal number, the exponential of −x may be none at all.
+        ops.select(ops.zero(), y, ops.lt(x, ops.splat(LEAST)))
     }
 }
 

@@ -7,14 +7,14 @@ use common::owned::{depthwise_backward, depthwise_forward};
 use common::{Noise, cast, close, close_beside, flat, nan, on_every_isa, same_bits, spread};
 use ndarray::{Array1, Array3, Array4, ArrayView2, s};
 use xunit_rs::kernels::activation::{
-    AddFinished, Affine, Apply, Fill, FillGradient, Finish, Gate, GateGradient, NormGradient,
-    ReluGradient, Sums,
+    Affine, Apply, Copy, Fill, FillGradient, Finish, Gate, GateGradient, NormGradient,
+    ReluGradient, Sums, Target,
 };
 use xunit_rs::kernels::transpose::Transpose;
 use xunit_rs::kernels::{MAX_LANES, conv, general};
 use xunit_rs::reference;
 use xunit_rs::shape::{Batch, Conv, Geometry};
-use xunit_rs::simd::{Isa, Kernel, Scalar, Simd, available};
+use xunit_rs::simd::{Isa, Kernel, Scalar, Simd, available, fence};
 
 /// Kernel extents: each size that has its own code, those between, even ones, flat and tall ones.
 const KERNELS: [(usize, usize); 26] = [
@@ -362,6 +362,21 @@ fn check_middle<T: Scalar>(
     }
 }
 
+/// What `write` streams to `len` elements, aligned and one element off; both must be the same.
+fn streamed<T: Scalar>(len: usize, mut write: impl FnMut(Target<'_, T>)) -> Vec<T> {
+    let mut both = [0, 1].map(|off| {
+        let mut buffer = nan::<T>(len + 16 + off);
+        let start = buffer.as_ptr().align_offset(64) + off;
+        write(Target::new(&mut buffer[start..start + len], true));
+        fence();
+        let outside = buffer[..start].iter().chain(&buffer[start + len..]);
+        assert!(outside.into_iter().all(|x| x.to_f64().is_nan()));
+        buffer[start..start + len].to_vec()
+    });
+    same_bits(&both[0], &both[1], || format!("streamed, {len} elements"));
+    std::mem::take(&mut both[0])
+}
+
 #[test]
 fn gates() {
     /// What is wanted: the output, the gradient at the gate's argument, and the one past the gate.
@@ -377,12 +392,32 @@ fn gates() {
             let case = || format!("{} {isa}: {gate:?}, {} elements", size_of::<T>(), x.len());
             let mut got = nan::<T>(x.len());
             let affine = a.affine::<T>();
-            T::dispatch(isa, Apply { gate, x, d, affine, out: &mut got });
+            let out = Target::new(&mut got, false);
+            T::dispatch(isa, Apply { gate, x, d, affine, out, kept: None });
             close(&got, &want.out, || format!("apply, {}", case()));
+            let mut kept = nan::<T>(x.len());
+            let got_streamed = streamed(x.len(), |out| {
+                let kept = Some(Target::new(&mut kept, true));
+                T::dispatch(isa, Apply { gate, x, d, affine, out, kept });
+            });
+            same_bits(&got_streamed, &got, || format!("streamed, {}", case()));
+            same_bits(&kept, d, || format!("kept, {}", case()));
 
-            let (mut direct, mut e) = (nan::<T>(x.len()), nan::<T>(x.len()));
-            let (past, at) = (&mut direct, &mut e);
-            let job = GateGradient { gate, grad, x, d, affine, direct: past, e: at };
+            let [mut e, mut x_copy, mut d_copy] = [(); 3].map(|()| nan::<T>(x.len()));
+            let direct = streamed(x.len(), |direct| {
+                let (x_copy, d_copy) = (Some(&mut x_copy[..]), Some(&mut d_copy[..]));
+                let e = &mut e;
+                let job = GateGradient { gate, grad, x, d, affine, direct, e, x_copy, d_copy };
+                T::dispatch(isa, job);
+            });
+            close(&direct, &want.direct, || format!("streamed past the gate, {}", case()));
+            same_bits(&x_copy, x, || format!("copy of x, {}", case()));
+            same_bits(&d_copy, d, || format!("copy of d, {}", case()));
+            let mut direct = nan::<T>(x.len());
+            let past = Target::new(&mut direct, false);
+            let (e_mut, x_copy, d_copy) = (&mut e, None, None);
+            let job =
+                GateGradient { gate, grad, x, d, affine, direct: past, e: e_mut, x_copy, d_copy };
             let sums = T::dispatch(isa, job);
             close(&direct, &want.direct, || format!("gradient past the gate, {}", case()));
             close(&e, &want.e, || format!("gradient, {}", case()));
@@ -413,7 +448,8 @@ fn gates_far_from_zero() {
             let (d, x) = (&cast::<T>(d)[..], &vec![T::ONE; d.len()][..]);
             let affine = Affine::identity();
             let mut out = nan::<T>(d.len());
-            T::dispatch(isa, Apply { gate, x, d, affine, out: &mut out });
+            let target = Target::new(&mut out, false);
+            T::dispatch(isa, Apply { gate, x, d, affine, out: target, kept: None });
             // Relative to each value; subnormal ones may be flushed to zero.
             for ((out, want), d) in out.iter().zip(want).zip(d) {
                 let (got, want) = (out.to_f64(), *want);
@@ -459,14 +495,22 @@ fn norm_gradient() {
         let norm = NormGradient::new(a.affine::<T>(), batch);
         for isa in available() {
             let case = || format!("{} {isa}: {len} elements, {batch:?}", size_of::<T>());
-            let (x, mut grad) = (&cast::<T>(&a.x)[..], cast::<T>(&a.grad));
-            let mut sum = vec![T::from_f64(0.5); len];
-            T::dispatch(isa, AddFinished { norm, x, grad: &grad, sum: &mut sum });
+            let (x, grad) = (&cast::<T>(&a.x)[..], &cast::<T>(&a.grad)[..]);
+            let direct = &vec![T::from_f64(0.5); len][..];
+            let mut got = nan::<T>(len);
+            let out = Target::new(&mut got, false);
+            let sum = T::dispatch(isa, Finish { norm, x, grad, direct: Some(direct), out });
             let added: Vec<_> = want.iter().map(|g| g + 0.5).collect();
-            close(&sum, &added, || format!("added, {}", case()));
-            T::dispatch(isa, Finish { norm, x, grad: &mut grad });
-            close(&grad, want, || format!("in place, {}", case()));
-            let grad = &cast::<T>(&a.grad)[..];
+            close(&got, &added, || format!("added, {}", case()));
+            let (sum, scale) = ([T::from_f64(sum)], magnitude(want));
+            close_beside(&sum, &[want.iter().sum()], scale, || format!("its sum, {}", case()));
+            let got = streamed(len, |out| {
+                T::dispatch(isa, Finish { norm, x, grad, direct: None, out });
+            });
+            close(&got, want, || format!("alone, {}", case()));
+            same_bits(&streamed(len, |to| T::dispatch(isa, Copy { from: x, to })), x, || {
+                format!("copy, {}", case())
+            });
             for width in [len, 1].into_iter().chain(len.is_multiple_of(8).then_some(8)) {
                 let (ld, origin) = (width + 5, width + 5 + 2);
                 let mut padded = nan::<T>((len / width + 2) * ld);
@@ -515,8 +559,9 @@ fn norm_gradients_that_cancel() {
     let rounding = |(e, x): (&f32, &f32)| (f64::from(*e) - exact(*x)) * 0.75;
     let want: f64 = e.iter().zip(&x).map(rounding).sum();
     for isa in available() {
-        let mut grad = e.clone();
-        f32::dispatch(isa, Finish { norm, x: &x, grad: &mut grad });
+        let mut grad = nan::<f32>(e.len());
+        let out = Target::new(&mut grad, false);
+        f32::dispatch(isa, Finish { norm, x: &x, grad: &e, direct: None, out });
         let sum: f64 = grad.iter().map(|&g| f64::from(g)).sum();
         // 2e-5 of roundings; rounded constants would give 1.1e-4.
         assert!((sum - want).abs() < 5e-5, "{isa}: {sum:e}, {want:e}");

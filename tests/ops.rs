@@ -318,6 +318,104 @@ fn matches_reference<T: Scalar>(
     }
 }
 
+/// Room for so many elements from the start of a cache line on.
+struct Aligned(Vec<f32>, usize);
+
+impl Aligned {
+    fn new(len: usize) -> Self {
+        let room = nan::<f32>(len + 15);
+        let start = room.as_ptr().align_offset(64);
+        Self(room, start)
+    }
+
+    fn get(&mut self) -> &mut [f32] {
+        let (start, len) = (self.1, self.0.len() - 15);
+        &mut self.0[start..start + len]
+    }
+}
+
+/// Large results, where they are aligned, go past the caches.
+#[test]
+fn large_results_are_the_same_past_the_caches() {
+    on_every_isa("large_results_are_the_same_past_the_caches", || {
+        let mut noise = Noise::new(11);
+        let (many, wide) = ([2, 300, 96, 40], [1, 4, 720, 800]);
+        for (dims, variant, threads) in
+            [many, wide].into_iter().flat_map(|dims| VARIANTS.map(|variant| (dims, variant, 2)))
+        {
+            let (batch, threads) = (Batch::new(&dims).unwrap(), Threads::Own(threads));
+            let (modes, c) = ([Mode::Training; 2], batch.c);
+            let modes = if variant == Variant::Slim { [Mode::None, modes[1]] } else { modes };
+            let mut owned =
+                Owned::<f32>::new(&unit(&mut noise, c, (variant, Gate::Sigmoid, modes), 7, true));
+            let [x, grad] = [(); 2].map(|()| flat::<f32, _>(&noise.array(batch.size())));
+            let want = xunit_forward(&owned.unit(), batch, &x, true, 2).unwrap();
+            let name = |what: &'static str| move || format!("{what}, {variant:?}, {dims:?}");
+
+            let [mut out, mut d, mut p] = [(); 3].map(|()| Aligned::new(batch.size()));
+            let mut stats = [(); 4].map(|()| vec![0.0; c]);
+            let [mean1, var1, mean2, var2] = &mut stats;
+            let of = |mean, var| Some(ops::BatchStats { mean, var, running: None });
+            let dense = variant == Variant::Dense;
+            let output = ops::XUnitOutput {
+                out: out.get(),
+                d: Some(d.get()),
+                p: dense.then(|| p.get()),
+                stats1: of(&mut mean1[..], &mut var1[..]).filter(|_| variant != Variant::Slim),
+                stats2: of(&mut mean2[..], &mut var2[..]),
+            };
+            ops::xunit_forward(&owned.unit(), batch, Layout::Planes, &x, output, threads).unwrap();
+            same_bits(out.get(), &want.out, name("out"));
+            let d_want = want.d.as_deref().unwrap();
+            same_bits(d.get(), d_want, name("d"));
+
+            for (norm, stats) in owned.norms.iter_mut().zip([want.stats1, want.stats2]) {
+                if let Some(norm) = norm {
+                    norm.stats = stats;
+                }
+            }
+            let saved = XUnitSaved { x: &x, d: d_want, p: want.p.as_deref() };
+            let unit = owned.unit();
+            let want = xunit_backward(&unit, batch, &grad, saved, 2).unwrap();
+            let [mut weight, mut bias] = [nan(c * 49), nan(c)];
+            let mut norms = [(); 4].map(|()| nan(c));
+            let [w1, b1, w2, b2] = &mut norms;
+            let (mut gw, mut gb) = (nan(c * c), nan(c));
+            let gradients = ops::XUnitGradients {
+                x: out.get(),
+                pointwise: dense.then(|| ops::PointwiseGradients {
+                    p: p.get(),
+                    weight: &mut gw,
+                    bias: Some(&mut gb),
+                }),
+                weight: &mut weight,
+                bias: Some(&mut bias),
+                norm1: (variant != Variant::Slim).then_some((&mut w1[..], &mut b1[..])),
+                norm2: Some((&mut w2[..], &mut b2[..])),
+            };
+            ops::xunit_backward(&unit, batch, Layout::Planes, &grad, saved, gradients, threads)
+                .unwrap();
+            same_bits(out.get(), &want.x, name("gradient to x"));
+            same_bits(&weight, &want.weight, name("gradient to weight"));
+            if let (Some(weight), Some(bias)) = (&want.pointwise_weight, &want.pointwise_bias) {
+                same_bits(&gw, weight, name("gradient to pointwise weight"));
+                same_bits(&gb, bias, name("gradient to pointwise bias"));
+            }
+        }
+        for k in [3, 7] {
+            let batch = Batch::new(&[2, 300, 96, 40]).unwrap();
+            let geometry = Geometry::new(batch, Conv::same(k).unwrap()).unwrap();
+            let x = flat::<f32, _>(&noise.array(batch.size()));
+            let weight = flat::<f32, _>(&noise.array(300 * k * k));
+            let want = depthwise_forward(&geometry, &x, &weight, None, 2).unwrap();
+            let mut y = Aligned::new(batch.size());
+            let threads = Threads::Own(2);
+            ops::depthwise_forward(&geometry, &x, &weight, None, y.get(), threads).unwrap();
+            same_bits(y.get(), &want, || format!("depthwise, k = {k}"));
+        }
+    });
+}
+
 /// The gradients without those of the batch statistics: what training's gradients cancelled from,
 /// all but completely where a scale or a bias stands ahead of a batch norm.
 fn held_statistics(

@@ -115,6 +115,44 @@ fn store<T: Scalar, S: Simd<T>>(simd: S, v: S::V, slice: &mut [T], at: usize, n:
     }
 }
 
+/// A slice to write, past the caches if it is not read again soon: see [`Simd::stream`]. The caller sees to
+/// the fence, as [`crate::parallel::for_each`] does.
+pub struct Target<'a, T> {
+    slice: &'a mut [T],
+    stream: bool,
+}
+
+impl<'a, T: Scalar> Target<'a, T> {
+    pub fn new(slice: &'a mut [T], stream: bool) -> Self {
+        Self { slice, stream }
+    }
+
+    /// Whether whole vectors of it may be streamed.
+    #[inline(always)]
+    fn streams<S: Simd<T>>(&self, simd: S) -> bool {
+        self.stream && self.slice.as_ptr().addr().is_multiple_of(simd.lanes() * size_of::<T>())
+    }
+}
+
+/// [`store`]; `stream` is what [`Target::streams`] says, and `at` a multiple of the lanes.
+#[inline(always)]
+fn put<T: Scalar, S: Simd<T>>(
+    simd: S,
+    v: S::V,
+    target: &mut Target<'_, T>,
+    at: usize,
+    n: usize,
+    stream: bool,
+) {
+    if stream && n == simd.lanes() {
+        debug_assert!(at + n <= target.slice.len() && at.is_multiple_of(n));
+        // SAFETY: as in `store`; aligned, as `streams` says.
+        unsafe { simd.stream(v, target.slice.as_mut_ptr().add(at)) }
+    } else {
+        store(simd, v, target.slice, at, n);
+    }
+}
+
 /// `v` with zeros from lane `n` on.
 #[inline(always)]
 fn keep<T: Scalar, S: Simd<T>>(simd: S, v: S::V, n: usize) -> S::V {
@@ -194,7 +232,9 @@ pub struct Apply<'a, T> {
     pub x: &'a [T],
     pub d: &'a [T],
     pub affine: Affine<T>,
-    pub out: &'a mut [T],
+    pub out: Target<'a, T>,
+    /// Gets a copy of d.
+    pub kept: Option<Target<'a, T>>,
 }
 
 impl<T: Scalar> Kernel<T> for Apply<'_, T> {
@@ -202,11 +242,18 @@ impl<T: Scalar> Kernel<T> for Apply<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, simd: S) {
-        let Apply { gate, x, d, affine, out } = self;
-        assert!(x.len() == d.len() && x.len() == out.len());
+        let Apply { gate, x, d, affine, mut out, mut kept } = self;
+        assert!(x.len() == d.len() && x.len() == out.slice.len());
+        assert!(kept.as_ref().is_none_or(|kept| kept.slice.len() == d.len()));
+        let stream = out.streams(simd);
+        let stream_kept = kept.as_ref().is_some_and(|kept| kept.streams(simd));
         each_vector!(simd, x.len(), |at, n| {
-            let g = gate.value(simd, affine.apply(simd, load(simd, d, at, n)));
-            store(simd, simd.mul(load(simd, x, at, n), g), out, at, n);
+            let d = load(simd, d, at, n);
+            if let Some(kept) = &mut kept {
+                put(simd, d, kept, at, n, stream_kept);
+            }
+            let g = gate.value(simd, affine.apply(simd, d));
+            put(simd, simd.mul(load(simd, x, at, n), g), &mut out, at, n, stream);
         });
     }
 }
@@ -220,8 +267,11 @@ pub struct GateGradient<'a, T> {
     pub x: &'a [T],
     pub d: &'a [T],
     pub affine: Affine<T>,
-    pub direct: &'a mut [T],
+    pub direct: Target<'a, T>,
     pub e: &'a mut [T],
+    /// Get copies.
+    pub x_copy: Option<&'a mut [T]>,
+    pub d_copy: Option<&'a mut [T]>,
 }
 
 impl<T: Scalar> Kernel<T> for GateGradient<'_, T> {
@@ -229,8 +279,12 @@ impl<T: Scalar> Kernel<T> for GateGradient<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, simd: S) -> (f64, f64) {
-        let GateGradient { gate, grad, x, d, affine, direct, e } = self;
-        assert!([grad.len(), x.len(), d.len(), direct.len()].iter().all(|&len| len == e.len()));
+        let GateGradient { gate, grad, x, d, affine, mut direct, e, .. } = self;
+        let (mut x_copy, mut d_copy) = (self.x_copy, self.d_copy);
+        let lens = [grad.len(), x.len(), d.len(), direct.slice.len()];
+        assert!(lens.iter().all(|&len| len == e.len()));
+        assert!(x_copy.iter().chain(&d_copy).all(|copy| copy.len() == e.len()));
+        let stream = direct.streams(simd);
         let zero = simd.splat(T::ZERO);
         let (mut first, mut second) = (0.0, 0.0);
         let (mut a, mut b) = (zero, zero);
@@ -238,13 +292,19 @@ impl<T: Scalar> Kernel<T> for GateGradient<'_, T> {
             simd,
             e.len(),
             |at, n| {
-                let d = load(simd, d, at, n);
+                let (x, d) = (load(simd, x, at, n), load(simd, d, at, n));
+                if let Some(copy) = &mut x_copy {
+                    store(simd, x, copy, at, n);
+                }
+                if let Some(copy) = &mut d_copy {
+                    store(simd, d, copy, at, n);
+                }
                 let u = affine.apply(simd, d);
                 let value = gate.value(simd, u);
                 let grad = load(simd, grad, at, n);
-                store(simd, simd.mul(grad, value), direct, at, n);
+                put(simd, simd.mul(grad, value), &mut direct, at, n, stream);
                 let slope = gate.slope(simd, u, value);
-                let v = simd.mul(simd.mul(grad, load(simd, x, at, n)), slope);
+                let v = simd.mul(simd.mul(grad, x), slope);
                 store(simd, v, e, at, n);
                 // Lanes past the end hold no infinity to meet their zeros: grad and x are 0 there.
                 a = simd.add(a, v);
@@ -385,45 +445,63 @@ impl<T: Scalar> Kernel<T> for ReluGradient<'_, T> {
     }
 }
 
-/// The [`NormGradient`] of `grad` at `x`, in place.
+/// Writes the [`NormGradient`] of `grad` at `x`, and `direct` beside it if there is such; returns the sum of
+/// the former.
 pub struct Finish<'a, T> {
     pub norm: NormGradient<T>,
     pub x: &'a [T],
-    pub grad: &'a mut [T],
+    pub grad: &'a [T],
+    pub direct: Option<&'a [T]>,
+    pub out: Target<'a, T>,
 }
 
 impl<T: Scalar> Kernel<T> for Finish<'_, T> {
-    type Output = ();
+    type Output = f64;
 
     #[inline(always)]
-    fn run<S: Simd<T>>(self, simd: S) {
-        let Finish { norm, x, grad } = self;
-        assert!(x.len() == grad.len());
-        each_vector!(simd, x.len(), |at, n| {
-            let e = norm.apply(simd, load(simd, grad, at, n), load(simd, x, at, n));
-            store(simd, e, grad, at, n);
-        });
+    fn run<S: Simd<T>>(self, simd: S) -> f64 {
+        let Finish { norm, x, grad, direct, mut out } = self;
+        assert!(x.len() == grad.len() && x.len() == out.slice.len());
+        assert!(direct.is_none_or(|direct| direct.len() == x.len()));
+        let stream = out.streams(simd);
+        let zero = simd.splat(T::ZERO);
+        let (mut sum, mut a) = (0.0, zero);
+        each_vector!(
+            simd,
+            x.len(),
+            |at, n| {
+                let v = norm.apply(simd, load(simd, grad, at, n), load(simd, x, at, n));
+                a = simd.add(a, keep(simd, v, n));
+                let whole = match direct {
+                    Some(direct) => simd.add(v, load(simd, direct, at, n)),
+                    None => v,
+                };
+                put(simd, whole, &mut out, at, n, stream);
+            },
+            {
+                sum += simd.sum(replace(&mut a, zero)).to_f64();
+            }
+        );
+        sum
     }
 }
 
-/// sum += the [`NormGradient`] of `grad` at `x`.
-pub struct AddFinished<'a, T> {
-    pub norm: NormGradient<T>,
-    pub x: &'a [T],
-    pub grad: &'a [T],
-    pub sum: &'a mut [T],
+/// Copies to where it is not read again soon.
+pub struct Copy<'a, T> {
+    pub from: &'a [T],
+    pub to: Target<'a, T>,
 }
 
-impl<T: Scalar> Kernel<T> for AddFinished<'_, T> {
+impl<T: Scalar> Kernel<T> for Copy<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, simd: S) {
-        let AddFinished { norm, x, grad, sum } = self;
-        assert!(x.len() == grad.len() && x.len() == sum.len());
-        each_vector!(simd, x.len(), |at, n| {
-            let e = norm.apply(simd, load(simd, grad, at, n), load(simd, x, at, n));
-            store(simd, simd.add(e, load(simd, sum, at, n)), sum, at, n);
+        let Copy { from, mut to } = self;
+        assert!(from.len() == to.slice.len());
+        let stream = to.streams(simd);
+        each_vector!(simd, from.len(), |at, n| {
+            put(simd, load(simd, from, at, n), &mut to, at, n, stream);
         });
     }
 }

@@ -17,7 +17,7 @@ use std::mem::MaybeUninit;
 use super::MAX_LANES;
 use super::minimal::{self, Filter};
 use crate::memory::Line;
-use crate::simd::{Kernel, Scalar, Simd};
+use crate::simd::{self, Kernel, Scalar, Simd};
 
 /// Elements of a row of the padded plane that the kernels may read: `ow` outputs rounded up to
 /// whole vectors, and the taps beyond the last one. Of a block, ow and kw − 1 are `block` times the
@@ -45,8 +45,10 @@ impl<T: Scalar> Taps<T> {
     /// of the planes: rows are filtered where that is faster.
     pub fn new(taps: Vec<T>, (kh, kw): (usize, usize), block: usize, rows: usize) -> Self {
         assert!(taps.len() == kh * kw * block);
+        // See `Filter::of`.
+        let plain = !T::FILTERED || kh == 7 && simd::has_large_second_level_cache();
         let minimal = Filter::of(kh)
-            .filter(|filter| T::FILTERED && rows >= 2 * filter.tile)
+            .filter(|filter| !plain && rows >= 2 * filter.tile)
             .map(|filter| (minimal::transform_taps(&taps, (kh, kw), filter, block), filter));
         Self { plain: taps, kernel: (kh, kw), block, minimal }
     }
@@ -125,10 +127,10 @@ fn forward<T: Scalar, S: Simd<T>, const K: usize, const BLOCK: bool>(simd: S, jo
     let (kh, kw) = if K == 0 { job.taps.kernel } else { (K, K) };
     let (ow, ld, lanes) = (job.ow, job.ld, simd.lanes());
     let oh = job.rows::<S, BLOCK>(simd);
-    let mut next = Ahead::new(job.next, oh.div_ceil(2));
     // Tiles of equal width, as far as whole vectors allow: a narrow last tile wastes its loads.
     let vectors = ow.div_ceil(lanes);
     let tiles = vectors.div_ceil(S::TILE_VECTORS);
+    let mut next = Ahead::new(job.next, tiles * oh);
     let mut x = 0;
     for t in 0..tiles {
         let wide = (vectors - x / lanes).div_ceil(tiles - t);
@@ -158,9 +160,7 @@ fn forward<T: Scalar, S: Simd<T>, const K: usize, const BLOCK: bool>(simd: S, jo
                     _ => tile.rows::<S, 1>(simd, rows),
                 }
             }
-            if t == 0 {
-                next.ask(simd, rows.div_ceil(2));
-            }
+            next.ask(simd, rows);
             y += rows;
         }
         x += wide * lanes;
@@ -189,11 +189,11 @@ impl<T: Scalar> Forward<'_, T> {
     ) -> bool {
         let (oh, lanes) = (self.rows::<S, BLOCK>(simd), simd.lanes());
         assert!(self.scratch.len() >= self.taps.scratch(oh, self.ow));
-        let mut next = Ahead::new(self.next, oh.div_ceil(M));
         let mut check = simd.splat(T::ZERO);
         // As in `forward`.
         let vectors = self.ow.div_ceil(lanes);
         let tiles = vectors.div_ceil(S::TILE_VECTORS);
+        let mut next = Ahead::new(self.next, oh.div_ceil(M) * tiles * P);
         let mut y = 0;
         while y < oh {
             let left = (oh - y).div_ceil(M);
@@ -202,7 +202,6 @@ impl<T: Scalar> Forward<'_, T> {
             for tile in 0..high + G - 1 {
                 // SAFETY: a row of tiles that the scratch has room for.
                 unsafe { self.transform::<S, M, P>(simd, tile, y + tile * M) };
-                next.ask(simd, 1);
             }
             let mut x = 0;
             for t in 0..tiles {
@@ -212,7 +211,7 @@ impl<T: Scalar> Forward<'_, T> {
                     ($($wide:literal: $($high:literal)+,)+) => {
                         match (wide, high) {
                             $($(($wide, $high) if const { $wide <= S::TILE_VECTORS } => {
-                                self.tiles::<S, M, P, $wide, $high, G, BLOCK>(simd, (y, x), last)
+                                self.tiles::<S, M, P, $wide, $high, G, BLOCK>(simd, (y, x), last, &mut next)
                             })+)+
                             _ => unreachable!("{wide} × {high}"),
                         }
@@ -291,6 +290,7 @@ impl<T: Scalar> Forward<'_, T> {
         simd: S,
         (y, x): (usize, usize),
         last: usize,
+        next: &mut Ahead<T>,
     ) -> S::V {
         let (lanes, ow, oh) = (simd.lanes(), self.ow, self.out.len() / self.ow);
         let mut products = MaybeUninit::<[[[Line; C]; H]; P]>::uninit();
@@ -300,6 +300,7 @@ impl<T: Scalar> Forward<'_, T> {
         unsafe {
             for point in 0..P {
                 let acc = self.products::<S, P, C, H, G, BLOCK>(simd, x, point);
+                next.ask(simd, H);
                 for (h, acc) in acc.iter().enumerate() {
                     for (c, &acc) in acc.iter().enumerate() {
                         simd.store(acc, products.add(((point * H + h) * C + c) * lanes));
@@ -433,7 +434,7 @@ impl<T: Scalar> Ahead<T> {
     #[inline(always)]
     fn ask<S: Simd<T>>(&mut self, simd: S, parts: usize) {
         for _ in 0..self.left.min(parts * self.step) {
-            simd.prefetch(self.ptr);
+            simd.prefetch_second(self.ptr);
             self.ptr = self.ptr.wrapping_add(Self::LINE);
             self.left -= 1;
         }

@@ -3,7 +3,7 @@
 use super::phases::{self, Phases};
 use super::scratch::{Scratch, Window};
 use super::{Planes, check_depthwise, expect_len, optional_len, plane, turned};
-use crate::kernels::activation::Sums;
+use crate::kernels::activation::{Copy, Sums};
 use crate::kernels::conv;
 use crate::parallel::{self, Threads};
 use crate::shape::{Batch, Conv, Geometry, ShapeError};
@@ -24,7 +24,7 @@ pub fn depthwise_forward<T: Scalar>(
     let (input, output, taps) = check_depthwise(geometry, x, weight)?;
     optional_len("bias", bias, input.c)?;
     expect_len("y", y, output.size())?;
-    let planes = Planes::new(y, output);
+    let planes = Planes::result(y, output);
     parallel::for_each(threads.for_work(output.size() * taps), input.c, |c| {
         let bias = bias.map_or(T::ZERO, |bias| bias[c]);
         let weight = weight[c * taps..][..taps].to_vec();
@@ -32,7 +32,7 @@ pub fn depthwise_forward<T: Scalar>(
         for n in 0..input.n {
             let next = if n + 1 < input.n { plane(x, input, n + 1, c) } else { &[] };
             // SAFETY: this task alone names channel c.
-            convolution.run(plane(x, input, n, c), next, unsafe { planes.plane(n, c) });
+            unsafe { convolution.run(plane(x, input, n, c), next, &planes, (n, c)) };
         }
     });
     Ok(())
@@ -62,7 +62,7 @@ pub fn depthwise_backward<T: Scalar>(
     optional_len("weight's gradient", gweight.as_deref(), input.c * taps)?;
     optional_len("bias's gradient", gbias.as_deref(), input.c)?;
     let per_channel = |w: usize| Batch { n: 1, c: input.c, h: 1, w };
-    let gx = gx.map(|gx| Planes::new(gx, input));
+    let gx = gx.map(|gx| Planes::result(gx, input));
     let gweight = gweight.map(|gweight| Planes::new(gweight, per_channel(taps)));
     let gbias = gbias.map(|gbias| Planes::new(gbias, per_channel(1)));
     parallel::for_each(threads.for_work(output.size() * taps), input.c, |c| {
@@ -83,7 +83,7 @@ pub fn depthwise_backward<T: Scalar>(
             }
             if let (Some(transposed), Some(gx)) = (&mut transposed, &gx) {
                 // SAFETY: this task alone names channel c.
-                transposed.run(at, next, unsafe { gx.plane(n, c) });
+                unsafe { transposed.run(at, next, gx, (n, c)) };
             }
         }
         if let Some(gweight) = &gweight {
@@ -130,22 +130,29 @@ impl<T: Scalar> Convolution<T> {
         Self::General { taps: plane.offsets().zip(weight).collect(), bias, plane }
     }
 
-    /// Writes the convolution of `x` to `out`; `next` is the plane of the next call.
-    fn run(&mut self, x: &[T], next: &[T], out: &mut [T]) {
+    /// Writes the convolution of `x` to a plane of `out`; `next` is the plane of the next call.
+    ///
+    /// # Safety
+    /// As [`Planes::plane`].
+    unsafe fn run(&mut self, x: &[T], next: &[T], out: &Planes<'_, T>, (n, c): (usize, usize)) {
         let (geometry, taps, bias, window, scratch) = match self {
             Self::Dense { geometry, taps, bias, window, scratch } => {
                 (&*geometry, &*taps, *bias, window, scratch)
             }
             Self::General { taps, bias, plane } => {
                 plane.fill(x);
-                return plane.forward(taps, *bias, out);
+                // SAFETY: the caller's promise.
+                return plane.forward(taps, *bias, unsafe { out.plane(n, c) });
             }
         };
         let Geometry { conv, ow, oh, .. } = *geometry;
         let strip = window.strip(geometry);
-        for (y, out) in (0..oh).step_by(strip).zip(out.chunks_mut(strip * ow)) {
-            window.slide_over(y..(y + strip).min(oh) + conv.kh - 1, x, None);
-            let end = y + strip;
+        // What goes past the caches goes there line by line, which the tiles of the kernel do not.
+        let mut staged = Scratch::new(if out.stream { strip * ow } else { 0 });
+        for y in (0..oh).step_by(strip) {
+            let end = (y + strip).min(oh);
+            let pixels = y * ow..end * ow;
+            window.slide_over(y..end + conv.kh - 1, x, None);
             let next = if end < oh {
                 window.ahead(end..(end + strip).min(oh) + conv.kh - 1, x)
             } else if next.is_empty() {
@@ -154,7 +161,17 @@ impl<T: Scalar> Convolution<T> {
                 window.ahead(0..strip + conv.kh - 1, next)
             };
             let (input, ld, bias) = (window.input(), window.ld, &[bias]);
-            simd::dispatch(conv::Forward { input, ld, taps, bias, out, ow, scratch, next });
+            let to = match out.stream {
+                true => &mut staged[..pixels.len()],
+                // SAFETY: the caller's promise.
+                false => unsafe { &mut out.plane(n, c)[pixels.clone()] },
+            };
+            simd::dispatch(conv::Forward { input, ld, taps, bias, out: to, ow, scratch, next });
+            if out.stream {
+                // SAFETY: as above.
+                let to = unsafe { out.target(n, c, pixels.clone()) };
+                simd::dispatch(Copy { from: &staged[..pixels.len()], to });
+            }
         }
     }
 }
@@ -233,11 +250,17 @@ impl<T: Scalar> Transposed<T> {
         Self::General(Box::new(phases::Transposed::new(geometry, weight)))
     }
 
-    /// Writes the gradient to `out`; `next` is the gradient of the next call.
-    fn run(&mut self, grad: &[T], next: &[T], out: &mut [T]) {
-        match self {
-            Self::Dense(convolution) => convolution.run(grad, next, out),
-            Self::General(transposed) => transposed.run(grad, out),
+    /// Writes the gradient to a plane of `out`; `next` is the gradient of the next call.
+    ///
+    /// # Safety
+    /// As [`Planes::plane`].
+    unsafe fn run(&mut self, grad: &[T], next: &[T], out: &Planes<'_, T>, at: (usize, usize)) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                Self::Dense(convolution) => convolution.run(grad, next, out, at),
+                Self::General(transposed) => transposed.run(grad, out.plane(at.0, at.1)),
+            }
         }
     }
 }

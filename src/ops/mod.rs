@@ -15,6 +15,7 @@ pub(crate) mod scratch;
 mod xunit;
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 pub use channels_last::{depthwise_backward_channels_last, depthwise_forward_channels_last};
 pub use depthwise::{DepthwiseGradients, depthwise_backward, depthwise_forward};
@@ -26,7 +27,9 @@ pub use xunit::{
     XUnitSaved, xunit_backward, xunit_forward,
 };
 
+use crate::kernels::activation::Target;
 use crate::shape::{Batch, Geometry, ShapeError, shape_error};
+use crate::simd::Scalar;
 
 /// A tensor that channel tasks write, each its own planes.
 struct Planes<'a, T> {
@@ -34,8 +37,14 @@ struct Planes<'a, T> {
     batch: Batch,
     /// The channel of the whole that its first one is.
     first: usize,
+    /// Whether it is so large that no cache keeps it until it is read.
+    stream: bool,
     tensor: PhantomData<&'a mut [T]>,
 }
+
+/// Bytes of a tensor that is written past the caches. A larger one is mostly of fresh pages, which the system
+/// has just cleared in the cache.
+const STREAMED: Range<usize> = 8 << 20..32 << 20;
 
 // SAFETY: `plane` hands out disjoint planes to tasks that name different (n, c).
 unsafe impl<T: Send> Sync for Planes<'_, T> {}
@@ -45,10 +54,15 @@ impl<'a, T> Planes<'a, T> {
         Self::group(tensor, batch, 0)
     }
 
+    /// A result, every element of which is written once.
+    fn result(tensor: &'a mut [T], batch: Batch) -> Self {
+        Self { stream: STREAMED.contains(&size_of_val(tensor)), ..Self::new(tensor, batch) }
+    }
+
     /// Of the channels from `first` on.
     fn group(tensor: &'a mut [T], batch: Batch, first: usize) -> Self {
         assert_eq!(tensor.len(), batch.size());
-        Self { ptr: tensor.as_mut_ptr(), batch, first, tensor: PhantomData }
+        Self { ptr: tensor.as_mut_ptr(), batch, first, stream: false, tensor: PhantomData }
     }
 
     /// The first element of image n.
@@ -70,6 +84,18 @@ impl<'a, T> Planes<'a, T> {
         // for exclusivity.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.add((n * self.batch.c + c) * len), len) }
     }
+
+    /// Some pixels of plane (n, c).
+    ///
+    /// # Safety
+    /// As [`Planes::plane`].
+    unsafe fn target(&self, n: usize, c: usize, pixels: Range<usize>) -> Target<'_, T>
+    where
+        T: Scalar,
+    {
+        // SAFETY: the caller's promise.
+        Target::new(unsafe { &mut self.plane(n, c)[pixels] }, self.stream)
+    }
 }
 
 /// A tensor that channel tasks read, or its channels from `first` on.
@@ -85,9 +111,19 @@ impl<'a, T> Source<'a, T> {
         Self { tensor, batch, first: 0 }
     }
 
+    /// Channel c alone, of a batch of this shape.
+    fn channel(tensor: &'a [T], batch: Batch, c: usize) -> Self {
+        Self { tensor, batch: Batch { c: 1, ..batch }, first: c }
+    }
+
     /// Plane (n, c).
     fn plane(&self, n: usize, c: usize) -> &'a [T] {
         plane(self.tensor, self.batch, n, c - self.first)
+    }
+
+    /// Some pixels of plane (n, c), if there is such a channel.
+    fn ahead(&self, n: usize, c: usize, pixels: Range<usize>) -> &'a [T] {
+        if c < self.first + self.batch.c { &self.plane(n, c)[pixels] } else { &[] }
     }
 }
 

@@ -11,8 +11,8 @@ use super::pointwise::Pointwise;
 use super::scratch::{Scratch, Window};
 use super::{Planes, Source, expect_len, optional_len, turned};
 use crate::kernels::activation::{
-    AddFinished, Affine, Apply, FillGradient, Finish, Gate, GateGradient, NormGradient,
-    ReluGradient, Sums,
+    Affine, Apply, Copy, FillGradient, Finish, Gate, GateGradient, NormGradient, ReluGradient,
+    Sums, Target,
 };
 use crate::kernels::conv;
 use crate::memory;
@@ -227,6 +227,14 @@ impl Statistics {
     }
 }
 
+/// Bytes of a channel of a batch, of which up to four are copied to stay in the second-level cache from pass
+/// to pass: the planes of a channel lie so far apart, mostly at a power of two, that they would share the
+/// same few sets of it.
+fn is_near<T>(batch: Batch) -> bool {
+    let most = if simd::has_large_second_level_cache() { 384 << 10 } else { 128 << 10 };
+    batch.n * batch.plane() * size_of::<T>() <= most
+}
+
 /// The multiply-adds that an activation's exponentials and sums are worth, beside its taps.
 pub(super) const POINTWISE_WORK: usize = 16;
 
@@ -265,13 +273,16 @@ pub fn xunit_forward<T: Scalar>(
         None => None,
     };
     let mut stats = vec![0.0; 4 * batch.c];
-    let out_planes = Planes::new(out, batch);
+    let out_planes = Planes::result(out, batch);
     let stats_planes = Planes::new(&mut stats, Batch { n: 1, c: batch.c, h: 1, w: 4 });
-    let task = Forward { unit, geometry, p, d: d.map(|d| Planes::new(d, batch)) };
+    let task = Forward { unit, geometry, p, d: d.map(|d| Planes::result(d, batch)) };
     let each_channel = |x: &[T], out: &Planes<'_, T>| {
         parallel::for_each(threads, batch.c, |c| {
             // SAFETY: this task alone names channel c.
-            unsafe { task.channel(c, Source::new(x, batch), out, stats_planes.plane(0, c)) };
+            unsafe {
+                let stats = stats_planes.plane(0, c);
+                task.channel((c, c + threads.count()), Source::new(x, batch), out, stats);
+            }
         });
     };
     match (layout, Groups::new::<T>(batch, threads)) {
@@ -284,7 +295,8 @@ pub fn xunit_forward<T: Scalar>(
             for c in first..first + group.c {
                 // SAFETY: this task alone names channel c, and `planes` are its own.
                 unsafe {
-                    task.channel(c, groups.source(&x, i), &planes, stats_planes.plane(0, c));
+                    let stats = stats_planes.plane(0, c);
+                    task.channel((c, c + 1), groups.source(&x, i), &planes, stats);
                 }
             }
             // SAFETY: this task alone names these channels.
@@ -315,16 +327,30 @@ struct Forward<'a, T> {
 }
 
 impl<T: Scalar> Forward<'_, T> {
-    /// All planes of channel c, from x to out; leaves mean and variance of both norms in `stats`.
+    /// All planes of channel c, from x to out; leaves mean and variance of both norms in `stats`. This thread is
+    /// likely to take channel `after` next.
     ///
     /// # Safety
     /// No other task may name the channel of d and out meanwhile.
-    unsafe fn channel(&self, c: usize, x: Source<'_, T>, out: &Planes<'_, T>, stats: &mut [f64]) {
+    unsafe fn channel(
+        &self,
+        (c, after): (usize, usize),
+        x: Source<'_, T>,
+        out: &Planes<'_, T>,
+        stats: &mut [f64],
+    ) {
         let Self { unit, geometry, p, d } = self;
         let (batch, k, taps) = (geometry.input, unit.kernel, unit.kernel * unit.kernel);
-        let u = p.unwrap_or(x);
         // Without statistics of d to wait for, each strip is gated as soon as it is convolved.
         let waits = unit.norm2.is_some_and(|norm| norm.stats.is_none());
+        let near = waits && is_near::<T>(batch);
+        let far = p.unwrap_or(x);
+        let mut copy = Scratch::new(if near { batch.n * batch.plane() } else { 0 });
+        for (n, to) in copy.chunks_exact_mut(batch.plane()).enumerate() {
+            simd::dispatch(Copy { from: far.plane(n, c), to: Target::new(to, false) });
+        }
+        let u = if near { Source::channel(&copy, batch, c) } else { far };
+        let x = if p.is_none() { u } else { x };
         let first = match &unit.norm1 {
             Some(norm) if norm.stats.is_none() => {
                 let mut statistics = Statistics::default();
@@ -338,61 +364,83 @@ impl<T: Scalar> Forward<'_, T> {
         let weight = conv::Taps::new(unit.weight[c * taps..][..taps].to_vec(), (k, k), 1, batch.h);
         let bias = unit.bias.map_or(T::ZERO, |bias| bias[c]);
         let given = (!waits).then(|| Channel::given(unit.norm2.as_ref(), c));
-        let gate = |x: &[T], d: &[T], channel: &Channel<T>, out: &mut [T]| {
-            simd::dispatch(Apply { gate: unit.gate, x, d, affine: channel.affine, out });
-        };
         let mut window = Window::new(geometry);
         let strip = window.strip(geometry);
-        let keeps = waits || d.is_some();
-        let mut of_strip = Scratch::new(if keeps { 0 } else { strip * batch.w });
+        // What d waits in: scratch, or else where it is kept, or else the output.
+        let waiting = match (waits, near) {
+            (true, false) => 0,
+            (true, true) => batch.n * batch.plane(),
+            (false, _) => strip * batch.w,
+        };
+        let mut waiting = Scratch::new(waiting);
         let mut scratch = Scratch::new(weight.scratch(strip, batch.w));
         let mut statistics = Statistics::default();
+        let gate = |n: usize, pixels: Range<usize>, own: &[T], channel: &Channel<T>, keep: bool| {
+            let kept = d.as_ref().filter(|_| keep);
+            simd::dispatch(Apply {
+                gate: unit.gate,
+                x: &x.plane(n, c)[pixels.clone()],
+                d: own,
+                affine: channel.affine,
+                // SAFETY: this task alone names channel c, and these are two tensors.
+                kept: kept.map(|planes| unsafe { planes.target(n, c, pixels.clone()) }),
+                // SAFETY: as above.
+                out: unsafe { out.target(n, c, pixels) },
+            });
+        };
         for n in 0..batch.n {
-            let (x, u) = (x.plane(n, c), u.plane(n, c));
+            let plane = u.plane(n, c);
             for y in (0..batch.h).step_by(strip) {
                 let end = (y + strip).min(batch.h);
                 let pixels = y * batch.w..end * batch.w;
-                window.slide_over(y..end + k - 1, u, relu_of);
-                // SAFETY: this task alone names channel c, and `d` and `out` are two tensors.
-                let out = &mut unsafe { out.plane(n, c) }[pixels.clone()];
-                let (d, out) = match d {
+                window.slide_over(y..end + k - 1, plane, relu_of);
+                let strip_of_d = match (waits, near, d) {
+                    (false, ..) => &mut waiting[..pixels.len()],
+                    (true, true, _) => &mut waiting[n * batch.plane()..][pixels.clone()],
+                    // SAFETY: this task alone names channel c.
+                    (.., Some(planes)) => unsafe { &mut planes.plane(n, c)[pixels.clone()] },
                     // SAFETY: as above.
-                    Some(planes) => (&mut unsafe { planes.plane(n, c) }[pixels.clone()], Some(out)),
-                    // Where d is not kept but its statistics are awaited, it waits in the output.
-                    None if waits => (out, None),
-                    None => (&mut of_strip[..pixels.len()], Some(out)),
+                    (.., None) => unsafe { &mut out.plane(n, c)[pixels.clone()] },
                 };
-                let next = window.ahead(end..(end + strip).min(batch.h) + k - 1, u);
+                let next = match near {
+                    true => far.ahead(n, after, pixels.clone()),
+                    false if end < batch.h => {
+                        window.ahead(end..(end + strip).min(batch.h) + k - 1, plane)
+                    }
+                    false => &[],
+                };
                 simd::dispatch(conv::Forward {
                     input: window.input(),
                     ld: window.ld,
                     taps: &weight,
                     bias: &[bias],
-                    out: &mut *d,
+                    out: &mut *strip_of_d,
                     ow: batch.w,
                     scratch: &mut scratch,
-                    next: if end < batch.h { next } else { &[] },
+                    next,
                 });
-                match (given, out) {
-                    (Some(channel), Some(out)) => gate(&x[pixels], d, &channel, out),
-                    _ => statistics.add(d),
+                match given {
+                    Some(channel) => gate(n, pixels, strip_of_d, &channel, true),
+                    None => statistics.add(strip_of_d),
                 }
             }
         }
-        if let (None, Some(norm)) = (given, &unit.norm2) {
-            (stats[2], stats[3]) = (statistics.mean(), statistics.var());
-            let channel = Channel::new(norm, c, stats[2], stats[3]);
-            let mut copy = Scratch::new(if d.is_some() { 0 } else { batch.plane() });
-            for n in 0..batch.n {
+        let (None, Some(norm)) = (given, &unit.norm2) else { return };
+        (stats[2], stats[3]) = (statistics.mean(), statistics.var());
+        let channel = Channel::new(norm, c, stats[2], stats[3]);
+        let mut copy = Scratch::new(if near || d.is_some() { 0 } else { batch.plane() });
+        for n in 0..batch.n {
+            let plane = 0..batch.plane();
+            match d {
+                _ if near => {
+                    gate(n, plane, &waiting[n * batch.plane()..][..batch.plane()], &channel, true);
+                }
                 // SAFETY: this task alone names channel c.
-                let (x, out) = (x.plane(n, c), unsafe { out.plane(n, c) });
-                match d {
-                    // SAFETY: as above; the two tensors differ.
-                    Some(planes) => gate(x, unsafe { planes.plane(n, c) }, &channel, out),
-                    None => {
-                        copy.copy_from_slice(out);
-                        gate(x, &copy, &channel, out);
-                    }
+                Some(planes) => gate(n, plane, unsafe { planes.plane(n, c) }, &channel, false),
+                None => {
+                    // SAFETY: as above; copied before the output is written.
+                    copy.copy_from_slice(unsafe { out.plane(n, c) });
+                    gate(n, plane, &copy, &channel, false);
                 }
             }
         }
@@ -425,9 +473,9 @@ pub fn xunit_backward<T: Scalar>(
     // Per channel: taps, bias, norm 1 (weight, bias), norm 2 (weight, bias), pointwise bias.
     let width = taps + 6;
     let mut sums = vec![0.0; batch.c * width];
-    let gx_planes = Planes::new(&mut *gx, batch);
+    let gx_planes = Planes::result(&mut *gx, batch);
     let sum_planes = Planes::new(&mut sums, Batch { n: 1, c: batch.c, h: 1, w: width });
-    let gp = pointwise.as_mut().map(|pointwise| Planes::new(&mut *pointwise.p, batch));
+    let gp = pointwise.as_mut().map(|pointwise| Planes::result(&mut *pointwise.p, batch));
     let task = Backward {
         unit,
         geometry,
@@ -439,7 +487,7 @@ pub fn xunit_backward<T: Scalar>(
         let (grad, x) = (Source::new(grad, batch), Source::new(x, batch));
         parallel::for_each(threads, batch.c, |c| {
             // SAFETY: this task alone names channel c.
-            unsafe { task.channel(c, grad, x, gx, sum_planes.plane(0, c)) };
+            unsafe { task.channel((c, c + threads.count()), grad, x, gx, sum_planes.plane(0, c)) };
         });
     };
     match (layout, Groups::new::<T>(batch, threads)) {
@@ -452,7 +500,7 @@ pub fn xunit_backward<T: Scalar>(
             let planes = Planes::group(&mut gx, group, first);
             for c in first..first + group.c {
                 // SAFETY: this task alone names channel c, and `planes` are its own.
-                unsafe { task.channel(c, grad, x, &planes, sum_planes.plane(0, c)) };
+                unsafe { task.channel((c, c + 1), grad, x, &planes, sum_planes.plane(0, c)) };
             }
             // SAFETY: this task alone names these channels.
             unsafe { groups.scatter(&gx, &gx_planes, i) };
@@ -504,13 +552,14 @@ struct Backward<'a, T> {
 
 impl<T: Scalar> Backward<'_, T> {
     /// All planes of channel c, from grad to gx (dense: what goes past the gate, and gp); leaves the
-    /// gradients of the taps, and those that [`xunit_backward`] lists, in `sums`.
+    /// gradients of the taps, and those that [`xunit_backward`] lists, in `sums`. This thread is likely to take
+    /// channel `after` next.
     ///
     /// # Safety
     /// No other task may name the channel of gx and gp meanwhile.
     unsafe fn channel(
         &self,
-        c: usize,
+        (c, after): (usize, usize),
         grad: Source<'_, T>,
         x: Source<'_, T>,
         gx: &Planes<'_, T>,
@@ -520,57 +569,65 @@ impl<T: Scalar> Backward<'_, T> {
         let (batch, k, taps) = (geometry.input, unit.kernel, unit.kernel * unit.kernel);
         let count = (batch.n * batch.plane()) as f64;
         let (waits1, waits2) = (is_training(&unit.norm1), is_training(&unit.norm2));
-        let u = p.unwrap_or(x);
         let (sum_weight, sum) = sums.split_at_mut(taps);
         let first = Channel::given(unit.norm1.as_ref(), c);
         let second = Channel::given(unit.norm2.as_ref(), c);
         let weight = turned(&unit.weight[c * taps..][..taps]);
         let weight = conv::Taps::new(weight, (k, k), 1, batch.h);
-        // The gradient on its way back to u: in gp (dense), else here, of one image or of all.
-        let images = match (gp, waits1 || waits2) {
-            (Some(_), _) => 0,
-            (None, true) => batch.n,
-            (None, false) => 1,
-        };
-        let mut scratch = Scratch::new(images * batch.plane());
-        let e_planes = Planes::new(&mut scratch, Batch { n: images, c: 1, ..batch });
-        // SAFETY: this task alone names channel c, and below no two of these live at a time.
-        let on_its_way = |n: usize| unsafe {
-            match gp {
-                Some(planes) => planes.plane(n, c),
-                None => e_planes.plane(n.min(images - 1), 0),
-            }
-        };
-        let gate_gradient = |n: usize, sum: &mut [f64]| {
+        // The gradients on their way to u and, past the gate, to x, where they are added up: of one image, or
+        // of all. Those of the dense unit meet in the pointwise convolution.
+        let size = batch.plane();
+        let images = if waits1 || waits2 { batch.n } else { 1 };
+        let mut on_its_way = Scratch::new(images * size);
+        let mut direct = Scratch::new(if gp.is_some() { 0 } else { images * size });
+        let at = |n: usize| n.min(images - 1) * size..(n.min(images - 1) + 1) * size;
+        let near = waits2 && is_near::<T>(batch);
+        let after = if near { after } else { usize::MAX };
+        let copied = if near { batch.n * size } else { 0 };
+        let (mut u_copy, mut d_copy) = (Scratch::new(copied), Scratch::new(copied));
+        let gate_gradient = |n: usize, sum: &mut [f64], [e, direct, u, d_copy]: [&mut [T]; 4]| {
             let (bias, scale) = simd::dispatch(GateGradient {
                 gate: unit.gate,
                 grad: grad.plane(n, c),
                 x: x.plane(n, c),
                 d: d.plane(n, c),
                 affine: second.affine,
-                // SAFETY: this task alone names channel c.
-                direct: unsafe { gx.plane(n, c) },
-                e: on_its_way(n),
+                direct: match gp {
+                    // SAFETY: this task alone names channel c.
+                    Some(_) => unsafe { gx.target(n, c, 0..size) },
+                    None => Target::new(direct, false),
+                },
+                e,
+                x_copy: (!u.is_empty() && p.is_none()).then_some(u),
+                d_copy: (!d_copy.is_empty()).then_some(d_copy),
             });
             sum[4] += bias;
             sum[3] += scale;
         };
         if waits2 {
-            (0..batch.n).for_each(|n| gate_gradient(n, sum));
+            for n in 0..batch.n {
+                let copied = if near { at(n) } else { 0..0 };
+                if let (Some(p), true) = (p, near) {
+                    let to = Target::new(&mut u_copy[copied.clone()], false);
+                    simd::dispatch(Copy { from: p.plane(n, c), to });
+                }
+                let (u, d) = (&mut u_copy[copied.clone()], &mut d_copy[copied]);
+                let direct = if gp.is_some() { &mut [][..] } else { &mut direct[at(n)] };
+                gate_gradient(n, sum, [&mut on_its_way[at(n)], direct, u, d]);
+            }
         }
+        let u = if near { Source::channel(&u_copy, batch, c) } else { p.unwrap_or(x) };
+        let near_d = if near { Source::channel(&d_copy, batch, c) } else { *d };
         let norm2 = second.gradient(waits2.then_some(count), [sum[4], sum[3]]);
         let norm1 = first.gradient(None, [0.0; 2]);
         let relu_of = (unit.variant != Variant::Slim).then_some(first.affine);
         // The gradient at u, finished by norm 1, goes on to x: directly or through the product.
-        let finish = |norm: NormGradient<T>, n: usize, pixels: Range<usize>, gu: &mut [T]| {
-            let u = &u.plane(n, c)[pixels.clone()];
-            if gp.is_none() {
-                // SAFETY: this task alone names channel c.
-                let sum = &mut unsafe { gx.plane(n, c) }[pixels];
-                simd::dispatch(AddFinished { norm, x: u, grad: gu, sum });
-            } else if unit.norm1.is_some() {
-                simd::dispatch(Finish { norm, x: u, grad: gu });
-            }
+        let finish = |norm: NormGradient<T>, n, pixels: Range<usize>, gu: &[T], direct: &[T]| {
+            let direct = direct.get(at(n)).map(|direct| &direct[pixels.clone()]);
+            let x = &u.plane(n, c)[pixels.clone()];
+            // SAFETY: this task alone names channel c.
+            let out = unsafe { gp.as_ref().unwrap_or(gx).target(n, c, pixels) };
+            simd::dispatch(Finish { norm, x, grad: gu, direct, out })
         };
         let mut input = Window::new(geometry);
         let mut output = Window::new(geometry);
@@ -578,9 +635,10 @@ impl<T: Scalar> Backward<'_, T> {
         let mut tiles = Scratch::new(weight.scratch(strip, batch.w));
         for n in 0..batch.n {
             if !waits2 {
-                gate_gradient(n, sum);
+                let direct = if gp.is_some() { &mut [][..] } else { &mut direct[at(n)] };
+                gate_gradient(n, sum, [&mut on_its_way[at(n)], direct, &mut [], &mut []]);
             }
-            let (u, d, e) = (u.plane(n, c), d.plane(n, c), on_its_way(n));
+            let (u, d, e) = (u.plane(n, c), near_d.plane(n, c), &mut on_its_way[at(n)]);
             for y in (0..batch.h).step_by(strip) {
                 let end = (y + strip).min(batch.h);
                 let pixels = y * batch.w..end * batch.w;
@@ -606,7 +664,7 @@ impl<T: Scalar> Backward<'_, T> {
                     kernel: (k, k),
                     out: (end - y, batch.w),
                     block: 1,
-                    next: [&[]; 2],
+                    next: [grad, x].map(|source| source.ahead(n, after, pixels.clone())),
                 });
                 // In the place of e, of which the window has taken all that is yet needed.
                 let gu = &mut e[pixels.clone()];
@@ -618,7 +676,7 @@ impl<T: Scalar> Backward<'_, T> {
                     out: &mut *gu,
                     ow: batch.w,
                     scratch: &mut tiles,
-                    next: &[],
+                    next: self.d.ahead(n, after, pixels.clone()),
                 });
                 if relu_of.is_some() {
                     let (x, affine) = (&u[pixels.clone()], first.affine);
@@ -627,17 +685,14 @@ impl<T: Scalar> Backward<'_, T> {
                     sum[1] += scale;
                 }
                 if !waits1 {
-                    finish(norm1, n, pixels, gu);
+                    sum[5] += finish(norm1, n, pixels, gu, &direct);
                 }
             }
         }
         let norm1 = first.gradient(waits1.then_some(count), [sum[2], sum[1]]);
-        for n in 0..batch.n {
-            if waits1 {
-                finish(norm1, n, 0..batch.plane(), on_its_way(n));
-            }
-            if gp.is_some() {
-                sum[5] += simd::dispatch(Sums { plane: on_its_way(n), origin: T::ZERO }).0;
+        if waits1 {
+            for n in 0..batch.n {
+                sum[5] += finish(norm1, n, 0..size, &on_its_way[at(n)], &direct);
             }
         }
         sum[1] = first.normalised([sum[2], sum[1]]);
