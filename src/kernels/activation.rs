@@ -233,8 +233,6 @@ pub struct Apply<'a, T> {
     pub d: &'a [T],
     pub affine: Affine<T>,
     pub out: Target<'a, T>,
-    /// Gets a copy of d.
-    pub kept: Option<Target<'a, T>>,
 }
 
 impl<T: Scalar> Kernel<T> for Apply<'_, T> {
@@ -242,17 +240,11 @@ impl<T: Scalar> Kernel<T> for Apply<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, simd: S) {
-        let Apply { gate, x, d, affine, mut out, mut kept } = self;
+        let Apply { gate, x, d, affine, mut out } = self;
         assert!(x.len() == d.len() && x.len() == out.slice.len());
-        assert!(kept.as_ref().is_none_or(|kept| kept.slice.len() == d.len()));
         let stream = out.streams(simd);
-        let stream_kept = kept.as_ref().is_some_and(|kept| kept.streams(simd));
         each_vector!(simd, x.len(), |at, n| {
-            let d = load(simd, d, at, n);
-            if let Some(kept) = &mut kept {
-                put(simd, d, kept, at, n, stream_kept);
-            }
-            let g = gate.value(simd, affine.apply(simd, d));
+            let g = gate.value(simd, affine.apply(simd, load(simd, d, at, n)));
             put(simd, simd.mul(load(simd, x, at, n), g), &mut out, at, n, stream);
         });
     }
@@ -269,9 +261,6 @@ pub struct GateGradient<'a, T> {
     pub affine: Affine<T>,
     pub direct: Target<'a, T>,
     pub e: &'a mut [T],
-    /// Get copies.
-    pub x_copy: Option<&'a mut [T]>,
-    pub d_copy: Option<&'a mut [T]>,
 }
 
 impl<T: Scalar> Kernel<T> for GateGradient<'_, T> {
@@ -279,11 +268,9 @@ impl<T: Scalar> Kernel<T> for GateGradient<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, simd: S) -> (f64, f64) {
-        let GateGradient { gate, grad, x, d, affine, mut direct, e, .. } = self;
-        let (mut x_copy, mut d_copy) = (self.x_copy, self.d_copy);
+        let GateGradient { gate, grad, x, d, affine, mut direct, e } = self;
         let lens = [grad.len(), x.len(), d.len(), direct.slice.len()];
         assert!(lens.iter().all(|&len| len == e.len()));
-        assert!(x_copy.iter().chain(&d_copy).all(|copy| copy.len() == e.len()));
         let stream = direct.streams(simd);
         let zero = simd.splat(T::ZERO);
         let (mut first, mut second) = (0.0, 0.0);
@@ -292,19 +279,13 @@ impl<T: Scalar> Kernel<T> for GateGradient<'_, T> {
             simd,
             e.len(),
             |at, n| {
-                let (x, d) = (load(simd, x, at, n), load(simd, d, at, n));
-                if let Some(copy) = &mut x_copy {
-                    store(simd, x, copy, at, n);
-                }
-                if let Some(copy) = &mut d_copy {
-                    store(simd, d, copy, at, n);
-                }
+                let d = load(simd, d, at, n);
                 let u = affine.apply(simd, d);
                 let value = gate.value(simd, u);
                 let grad = load(simd, grad, at, n);
                 put(simd, simd.mul(grad, value), &mut direct, at, n, stream);
                 let slope = gate.slope(simd, u, value);
-                let v = simd.mul(simd.mul(grad, x), slope);
+                let v = simd.mul(simd.mul(grad, load(simd, x, at, n)), slope);
                 store(simd, v, e, at, n);
                 // Lanes past the end hold no infinity to meet their zeros: grad and x are 0 there.
                 a = simd.add(a, v);

@@ -111,19 +111,9 @@ impl<'a, T> Source<'a, T> {
         Self { tensor, batch, first: 0 }
     }
 
-    /// Channel c alone, of a batch of this shape.
-    fn channel(tensor: &'a [T], batch: Batch, c: usize) -> Self {
-        Self { tensor, batch: Batch { c: 1, ..batch }, first: c }
-    }
-
     /// Plane (n, c).
     fn plane(&self, n: usize, c: usize) -> &'a [T] {
         plane(self.tensor, self.batch, n, c - self.first)
-    }
-
-    /// Some pixels of plane (n, c), if there is such a channel.
-    fn ahead(&self, n: usize, c: usize, pixels: Range<usize>) -> &'a [T] {
-        if c < self.first + self.batch.c { &self.plane(n, c)[pixels] } else { &[] }
     }
 }
 

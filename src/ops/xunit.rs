@@ -11,8 +11,8 @@ use super::pointwise::Pointwise;
 use super::scratch::{Scratch, Window};
 use super::{Planes, Source, expect_len, optional_len, turned};
 use crate::kernels::activation::{
-    Affine, Apply, Copy, FillGradient, Finish, Gate, GateGradient, NormGradient, ReluGradient,
-    Sums, Target,
+    Affine, Apply, FillGradient, Finish, Gate, GateGradient, NormGradient, ReluGradient, Sums,
+    Target,
 };
 use crate::kernels::conv;
 use crate::memory;
@@ -227,14 +227,6 @@ impl Statistics {
     }
 }
 
-/// Bytes of a channel of a batch, of which up to four are copied to stay in the second-level cache from pass
-/// to pass: the planes of a channel lie so far apart, mostly at a power of two, that they would share the
-/// same few sets of it.
-fn is_near<T>(batch: Batch) -> bool {
-    let most = if simd::has_large_second_level_cache() { 384 << 10 } else { 128 << 10 };
-    batch.n * batch.plane() * size_of::<T>() <= most
-}
-
 /// The multiply-adds that an activation's exponentials and sums are worth, beside its taps.
 pub(super) const POINTWISE_WORK: usize = 16;
 
@@ -275,14 +267,11 @@ pub fn xunit_forward<T: Scalar>(
     let mut stats = vec![0.0; 4 * batch.c];
     let out_planes = Planes::result(out, batch);
     let stats_planes = Planes::new(&mut stats, Batch { n: 1, c: batch.c, h: 1, w: 4 });
-    let task = Forward { unit, geometry, p, d: d.map(|d| Planes::result(d, batch)) };
+    let task = Forward { unit, geometry, p, d: d.map(|d| Planes::new(d, batch)) };
     let each_channel = |x: &[T], out: &Planes<'_, T>| {
         parallel::for_each(threads, batch.c, |c| {
             // SAFETY: this task alone names channel c.
-            unsafe {
-                let stats = stats_planes.plane(0, c);
-                task.channel((c, c + threads.count()), Source::new(x, batch), out, stats);
-            }
+            unsafe { task.channel(c, Source::new(x, batch), out, stats_planes.plane(0, c)) };
         });
     };
     match (layout, Groups::new::<T>(batch, threads)) {
@@ -295,8 +284,7 @@ pub fn xunit_forward<T: Scalar>(
             for c in first..first + group.c {
                 // SAFETY: this task alone names channel c, and `planes` are its own.
                 unsafe {
-                    let stats = stats_planes.plane(0, c);
-                    task.channel((c, c + 1), groups.source(&x, i), &planes, stats);
+                    task.channel(c, groups.source(&x, i), &planes, stats_planes.plane(0, c));
                 }
             }
             // SAFETY: this task alone names these channels.
@@ -327,30 +315,16 @@ struct Forward<'a, T> {
 }
 
 impl<T: Scalar> Forward<'_, T> {
-    /// All planes of channel c, from x to out; leaves mean and variance of both norms in `stats`. This thread is
-    /// likely to take channel `after` next.
+    /// All planes of channel c, from x to out; leaves mean and variance of both norms in `stats`.
     ///
     /// # Safety
     /// No other task may name the channel of d and out meanwhile.
-    unsafe fn channel(
-        &self,
-        (c, after): (usize, usize),
-        x: Source<'_, T>,
-        out: &Planes<'_, T>,
-        stats: &mut [f64],
-    ) {
+    unsafe fn channel(&self, c: usize, x: Source<'_, T>, out: &Planes<'_, T>, stats: &mut [f64]) {
         let Self { unit, geometry, p, d } = self;
         let (batch, k, taps) = (geometry.input, unit.kernel, unit.kernel * unit.kernel);
+        let u = p.unwrap_or(x);
         // Without statistics of d to wait for, each strip is gated as soon as it is convolved.
         let waits = unit.norm2.is_some_and(|norm| norm.stats.is_none());
-        let near = waits && is_near::<T>(batch);
-        let far = p.unwrap_or(x);
-        let mut copy = Scratch::new(if near { batch.n * batch.plane() } else { 0 });
-        for (n, to) in copy.chunks_exact_mut(batch.plane()).enumerate() {
-            simd::dispatch(Copy { from: far.plane(n, c), to: Target::new(to, false) });
-        }
-        let u = if near { Source::channel(&copy, batch, c) } else { far };
-        let x = if p.is_none() { u } else { x };
         let first = match &unit.norm1 {
             Some(norm) if norm.stats.is_none() => {
                 let mut statistics = Statistics::default();
@@ -364,49 +338,37 @@ impl<T: Scalar> Forward<'_, T> {
         let weight = conv::Taps::new(unit.weight[c * taps..][..taps].to_vec(), (k, k), 1, batch.h);
         let bias = unit.bias.map_or(T::ZERO, |bias| bias[c]);
         let given = (!waits).then(|| Channel::given(unit.norm2.as_ref(), c));
-        let mut window = Window::new(geometry);
-        let strip = window.strip(geometry);
-        // What d waits in: scratch, or else where it is kept, or else the output.
-        let waiting = match (waits, near) {
-            (true, false) => 0,
-            (true, true) => batch.n * batch.plane(),
-            (false, _) => strip * batch.w,
-        };
-        let mut waiting = Scratch::new(waiting);
-        let mut scratch = Scratch::new(weight.scratch(strip, batch.w));
-        let mut statistics = Statistics::default();
-        let gate = |n: usize, pixels: Range<usize>, own: &[T], channel: &Channel<T>, keep: bool| {
-            let kept = d.as_ref().filter(|_| keep);
+        let gate = |n: usize, pixels: Range<usize>, d: &[T], channel: &Channel<T>| {
             simd::dispatch(Apply {
                 gate: unit.gate,
                 x: &x.plane(n, c)[pixels.clone()],
-                d: own,
+                d,
                 affine: channel.affine,
-                // SAFETY: this task alone names channel c, and these are two tensors.
-                kept: kept.map(|planes| unsafe { planes.target(n, c, pixels.clone()) }),
-                // SAFETY: as above.
+                // SAFETY: this task alone names channel c; d is in another tensor.
                 out: unsafe { out.target(n, c, pixels) },
             });
         };
+        let mut window = Window::new(geometry);
+        let strip = window.strip(geometry);
+        let keeps = waits || d.is_some();
+        let mut of_strip = Scratch::new(if keeps { 0 } else { strip * batch.w });
+        let mut scratch = Scratch::new(weight.scratch(strip, batch.w));
+        let mut statistics = Statistics::default();
         for n in 0..batch.n {
             let plane = u.plane(n, c);
             for y in (0..batch.h).step_by(strip) {
                 let end = (y + strip).min(batch.h);
                 let pixels = y * batch.w..end * batch.w;
                 window.slide_over(y..end + k - 1, plane, relu_of);
-                let strip_of_d = match (waits, near, d) {
-                    (false, ..) => &mut waiting[..pixels.len()],
-                    (true, true, _) => &mut waiting[n * batch.plane()..][pixels.clone()],
+                // Where d is not kept but its statistics are awaited, it waits in the output.
+                let d = match d.as_ref().or(waits.then_some(out)) {
                     // SAFETY: this task alone names channel c.
-                    (.., Some(planes)) => unsafe { &mut planes.plane(n, c)[pixels.clone()] },
-                    // SAFETY: as above.
-                    (.., None) => unsafe { &mut out.plane(n, c)[pixels.clone()] },
+                    Some(planes) => unsafe { &mut planes.plane(n, c)[pixels.clone()] },
+                    None => &mut of_strip[..pixels.len()],
                 };
-                let next = match near {
-                    true => far.ahead(n, after, pixels.clone()),
-                    false if end < batch.h => {
-                        window.ahead(end..(end + strip).min(batch.h) + k - 1, plane)
-                    }
+                let next = match end < batch.h {
+                    true => window.ahead(end..(end + strip).min(batch.h) + k - 1, plane),
+                    false if n + 1 < batch.n => window.ahead(0..strip + k - 1, u.plane(n + 1, c)),
                     false => &[],
                 };
                 simd::dispatch(conv::Forward {
@@ -414,33 +376,30 @@ impl<T: Scalar> Forward<'_, T> {
                     ld: window.ld,
                     taps: &weight,
                     bias: &[bias],
-                    out: &mut *strip_of_d,
+                    out: &mut *d,
                     ow: batch.w,
                     scratch: &mut scratch,
                     next,
                 });
                 match given {
-                    Some(channel) => gate(n, pixels, strip_of_d, &channel, true),
-                    None => statistics.add(strip_of_d),
+                    Some(channel) => gate(n, pixels, d, &channel),
+                    None => statistics.add(d),
                 }
             }
         }
-        let (None, Some(norm)) = (given, &unit.norm2) else { return };
-        (stats[2], stats[3]) = (statistics.mean(), statistics.var());
-        let channel = Channel::new(norm, c, stats[2], stats[3]);
-        let mut copy = Scratch::new(if near || d.is_some() { 0 } else { batch.plane() });
-        for n in 0..batch.n {
-            let plane = 0..batch.plane();
-            match d {
-                _ if near => {
-                    gate(n, plane, &waiting[n * batch.plane()..][..batch.plane()], &channel, true);
-                }
-                // SAFETY: this task alone names channel c.
-                Some(planes) => gate(n, plane, unsafe { planes.plane(n, c) }, &channel, false),
-                None => {
-                    // SAFETY: as above; copied before the output is written.
-                    copy.copy_from_slice(unsafe { out.plane(n, c) });
-                    gate(n, plane, &copy, &channel, false);
+        if let (None, Some(norm)) = (given, &unit.norm2) {
+            (stats[2], stats[3]) = (statistics.mean(), statistics.var());
+            let channel = Channel::new(norm, c, stats[2], stats[3]);
+            let mut copy = Scratch::new(if d.is_some() { 0 } else { batch.plane() });
+            for n in 0..batch.n {
+                match d {
+                    // SAFETY: this task alone names channel c.
+                    Some(d) => gate(n, 0..batch.plane(), unsafe { d.plane(n, c) }, &channel),
+                    None => {
+                        // SAFETY: as above; copied before the output is written.
+                        copy.copy_from_slice(unsafe { out.plane(n, c) });
+                        gate(n, 0..batch.plane(), &copy, &channel);
+                    }
                 }
             }
         }
@@ -487,7 +446,7 @@ pub fn xunit_backward<T: Scalar>(
         let (grad, x) = (Source::new(grad, batch), Source::new(x, batch));
         parallel::for_each(threads, batch.c, |c| {
             // SAFETY: this task alone names channel c.
-            unsafe { task.channel((c, c + threads.count()), grad, x, gx, sum_planes.plane(0, c)) };
+            unsafe { task.channel(c, grad, x, gx, sum_planes.plane(0, c)) };
         });
     };
     match (layout, Groups::new::<T>(batch, threads)) {
@@ -500,7 +459,7 @@ pub fn xunit_backward<T: Scalar>(
             let planes = Planes::group(&mut gx, group, first);
             for c in first..first + group.c {
                 // SAFETY: this task alone names channel c, and `planes` are its own.
-                unsafe { task.channel((c, c + 1), grad, x, &planes, sum_planes.plane(0, c)) };
+                unsafe { task.channel(c, grad, x, &planes, sum_planes.plane(0, c)) };
             }
             // SAFETY: this task alone names these channels.
             unsafe { groups.scatter(&gx, &gx_planes, i) };
@@ -552,14 +511,13 @@ struct Backward<'a, T> {
 
 impl<T: Scalar> Backward<'_, T> {
     /// All planes of channel c, from grad to gx (dense: what goes past the gate, and gp); leaves the
-    /// gradients of the taps, and those that [`xunit_backward`] lists, in `sums`. This thread is likely to take
-    /// channel `after` next.
+    /// gradients of the taps, and those that [`xunit_backward`] lists, in `sums`.
     ///
     /// # Safety
     /// No other task may name the channel of gx and gp meanwhile.
     unsafe fn channel(
         &self,
-        (c, after): (usize, usize),
+        c: usize,
         grad: Source<'_, T>,
         x: Source<'_, T>,
         gx: &Planes<'_, T>,
@@ -569,6 +527,7 @@ impl<T: Scalar> Backward<'_, T> {
         let (batch, k, taps) = (geometry.input, unit.kernel, unit.kernel * unit.kernel);
         let count = (batch.n * batch.plane()) as f64;
         let (waits1, waits2) = (is_training(&unit.norm1), is_training(&unit.norm2));
+        let u = p.unwrap_or(x);
         let (sum_weight, sum) = sums.split_at_mut(taps);
         let first = Channel::given(unit.norm1.as_ref(), c);
         let second = Channel::given(unit.norm2.as_ref(), c);
@@ -581,11 +540,7 @@ impl<T: Scalar> Backward<'_, T> {
         let mut on_its_way = Scratch::new(images * size);
         let mut direct = Scratch::new(if gp.is_some() { 0 } else { images * size });
         let at = |n: usize| n.min(images - 1) * size..(n.min(images - 1) + 1) * size;
-        let near = waits2 && is_near::<T>(batch);
-        let after = if near { after } else { usize::MAX };
-        let copied = if near { batch.n * size } else { 0 };
-        let (mut u_copy, mut d_copy) = (Scratch::new(copied), Scratch::new(copied));
-        let gate_gradient = |n: usize, sum: &mut [f64], [e, direct, u, d_copy]: [&mut [T]; 4]| {
+        let gate_gradient = |n: usize, sum: &mut [f64], e: &mut [T], direct: &mut [T]| {
             let (bias, scale) = simd::dispatch(GateGradient {
                 gate: unit.gate,
                 grad: grad.plane(n, c),
@@ -598,26 +553,16 @@ impl<T: Scalar> Backward<'_, T> {
                     None => Target::new(direct, false),
                 },
                 e,
-                x_copy: (!u.is_empty() && p.is_none()).then_some(u),
-                d_copy: (!d_copy.is_empty()).then_some(d_copy),
             });
             sum[4] += bias;
             sum[3] += scale;
         };
+        let direct_at = |n: usize| if gp.is_some() { 0..0 } else { at(n) };
         if waits2 {
             for n in 0..batch.n {
-                let copied = if near { at(n) } else { 0..0 };
-                if let (Some(p), true) = (p, near) {
-                    let to = Target::new(&mut u_copy[copied.clone()], false);
-                    simd::dispatch(Copy { from: p.plane(n, c), to });
-                }
-                let (u, d) = (&mut u_copy[copied.clone()], &mut d_copy[copied]);
-                let direct = if gp.is_some() { &mut [][..] } else { &mut direct[at(n)] };
-                gate_gradient(n, sum, [&mut on_its_way[at(n)], direct, u, d]);
+                gate_gradient(n, sum, &mut on_its_way[at(n)], &mut direct[direct_at(n)]);
             }
         }
-        let u = if near { Source::channel(&u_copy, batch, c) } else { p.unwrap_or(x) };
-        let near_d = if near { Source::channel(&d_copy, batch, c) } else { *d };
         let norm2 = second.gradient(waits2.then_some(count), [sum[4], sum[3]]);
         let norm1 = first.gradient(None, [0.0; 2]);
         let relu_of = (unit.variant != Variant::Slim).then_some(first.affine);
@@ -635,10 +580,9 @@ impl<T: Scalar> Backward<'_, T> {
         let mut tiles = Scratch::new(weight.scratch(strip, batch.w));
         for n in 0..batch.n {
             if !waits2 {
-                let direct = if gp.is_some() { &mut [][..] } else { &mut direct[at(n)] };
-                gate_gradient(n, sum, [&mut on_its_way[at(n)], direct, &mut [], &mut []]);
+                gate_gradient(n, sum, &mut on_its_way[at(n)], &mut direct[direct_at(n)]);
             }
-            let (u, d, e) = (u.plane(n, c), near_d.plane(n, c), &mut on_its_way[at(n)]);
+            let (u, d, e) = (u.plane(n, c), d.plane(n, c), &mut on_its_way[at(n)]);
             for y in (0..batch.h).step_by(strip) {
                 let end = (y + strip).min(batch.h);
                 let pixels = y * batch.w..end * batch.w;
@@ -664,7 +608,7 @@ impl<T: Scalar> Backward<'_, T> {
                     kernel: (k, k),
                     out: (end - y, batch.w),
                     block: 1,
-                    next: [grad, x].map(|source| source.ahead(n, after, pixels.clone())),
+                    next: [&[]; 2],
                 });
                 // In the place of e, of which the window has taken all that is yet needed.
                 let gu = &mut e[pixels.clone()];
@@ -676,7 +620,7 @@ impl<T: Scalar> Backward<'_, T> {
                     out: &mut *gu,
                     ow: batch.w,
                     scratch: &mut tiles,
-                    next: self.d.ahead(n, after, pixels.clone()),
+                    next: &[],
                 });
                 if relu_of.is_some() {
                     let (x, affine) = (&u[pixels.clone()], first.affine);
