@@ -412,6 +412,30 @@ fn large_results_are_the_same_past_the_caches() {
             let threads = Threads::Own(2);
             ops::depthwise_forward(&geometry, &x, &weight, None, y.get(), threads).unwrap();
             same_bits(y.get(), &want, || format!("depthwise, k = {k}"));
+
+            // 304 channels are whole vectors.
+            let batch = Batch::new(&[2, 304, 96, 40]).unwrap();
+            let geometry = Geometry::new(batch, Conv::same(k).unwrap()).unwrap();
+            let x = flat::<f32, _>(&noise.array(batch.size()));
+            let weight = flat::<f32, _>(&noise.array(304 * k * k));
+            let mut want = nan::<f32>(batch.size());
+            let convolve = |y: &mut [f32]| {
+                ops::depthwise_forward_channels_last(&geometry, &x, &weight, None, y, threads)
+                    .unwrap();
+            };
+            convolve(&mut want);
+            let mut y = Aligned::new(batch.size());
+            convolve(y.get());
+            same_bits(y.get(), &want, || format!("depthwise in channels_last, k = {k}"));
+            let modes = [Mode::Evaluation; 2];
+            let kind = (Variant::Full, Gate::Sigmoid, modes);
+            let owned = Owned::<f32>::new(&unit(&mut noise, 304, kind, k, true));
+            let evaluate = |out: &mut [f32]| {
+                ops::xunit_evaluate_channels_last(&owned.unit(), batch, &x, out, threads).unwrap();
+            };
+            evaluate(&mut want);
+            evaluate(y.get());
+            same_bits(y.get(), &want, || format!("evaluation in channels_last, k = {k}"));
         }
     });
 }

@@ -64,12 +64,15 @@ pub struct RowMut<'a> {
     stride: usize,
     step: usize,
     len: usize,
+    /// Of [`Gated`]: see [`Simd::stream`]. All vectors are aligned then.
+    stream: bool,
     data: PhantomData<&'a mut [f32]>,
 }
 
 impl<'a> RowMut<'a> {
     pub fn new(data: &'a mut [f32], stride: usize, step: usize) -> Self {
-        Self { ptr: data.as_mut_ptr(), stride, step, len: data.len(), data: PhantomData }
+        // SAFETY: they are borrowed for as long as this lives.
+        unsafe { Self::from_raw(data.as_mut_ptr(), data.len(), stride, step) }
     }
 
     /// The row of `len` elements from `ptr` on: for a row of which other threads write other pixels.
@@ -78,7 +81,15 @@ impl<'a> RowMut<'a> {
     /// The elements must be valid for writing, and nobody else may use those that the kernel writes,
     /// as long as this lives.
     pub unsafe fn from_raw(ptr: *mut f32, len: usize, stride: usize, step: usize) -> Self {
-        Self { ptr, stride, step, len, data: PhantomData }
+        Self { ptr, stride, step, len, stream: false, data: PhantomData }
+    }
+
+    /// To be written past the caches by [`Gated`], if its pixels are aligned to vectors of so many lanes; the
+    /// caller sees to the fence, as [`crate::parallel::for_each`] does.
+    pub fn streamed(self, lanes: usize) -> Self {
+        let aligned = |elements: usize| elements.is_multiple_of(lanes);
+        let start = self.ptr.addr() / size_of::<f32>();
+        Self { stream: [start, self.stride, self.step].into_iter().all(aligned), ..self }
     }
 
     /// As [`Row::holds`] and [`Row::reaches`].
@@ -736,7 +747,12 @@ impl Gated<'_> {
                     let g = gate.value(simd, simd.load(sums.add((r * C + c) * lanes)));
                     let x_at = simd.load(from.block(block).add((x + c) * from.step));
                     let out = simd.fma(scale, simd.mul(x_at, g), shift);
-                    simd.store(out, to.block(block).add((x + c) * to.step));
+                    let to_pixel = to.block(block).add((x + c) * to.step);
+                    if to.stream {
+                        simd.stream(out, to_pixel);
+                    } else {
+                        simd.store(out, to_pixel);
+                    }
                 }
             }
         }
@@ -882,7 +898,7 @@ impl Gated<'_> {
         // Of the tile after this one, while there are products to compute.
         for y in rows.clone() {
             let to = &self.out[y];
-            for c in x + C..x + 2 * C {
+            for c in if to.stream { 0..0 } else { x + C..x + 2 * C } {
                 simd.prefetch(to.block(block).wrapping_add(c * to.step));
             }
         }

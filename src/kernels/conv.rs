@@ -832,6 +832,7 @@ pub struct Pixels<'a, T> {
     to_step: usize,
     count: usize,
     channels: usize,
+    stream: bool,
     target: PhantomData<&'a mut [T]>,
 }
 
@@ -861,7 +862,14 @@ impl<'a, T> Pixels<'a, T> {
         channels: usize,
     ) -> Self {
         assert!(count > 0 && from.len() >= (count - 1) * from_step + channels);
-        Self { from, from_step, to, to_step, count, channels, target: PhantomData }
+        let stream = false;
+        Self { from, from_step, to, to_step, count, channels, stream, target: PhantomData }
+    }
+
+    /// Whole vectors past the caches, where they are aligned: see [`Simd::stream`]. The caller sees to the
+    /// fence, as [`crate::parallel::for_each`] does.
+    pub fn streamed(self, stream: bool) -> Self {
+        Self { stream, ..self }
     }
 }
 
@@ -870,16 +878,20 @@ impl<T: Scalar> Kernel<T> for Pixels<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, simd: S) {
-        let Self { from, from_step, to, to_step, count, channels, .. } = self;
+        let Self { from, from_step, to, to_step, count, channels, stream, .. } = self;
         assert!(channels <= simd.lanes());
+        let aligned = |elements: usize| elements.is_multiple_of(simd.lanes());
+        let stream = stream && aligned(to.addr() / size_of::<T>()) && aligned(to_step);
         for i in 0..count {
             // SAFETY: pixel i < count has `channels` elements on both sides, as `to_raw` says.
             unsafe {
                 let (from, to) = (from.as_ptr().add(i * from_step), to.add(i * to_step));
-                if channels == simd.lanes() {
-                    simd.store(simd.load(from), to);
-                } else {
+                if channels < simd.lanes() {
                     simd.store_first(simd.load_first(from, channels), to, channels);
+                } else if stream {
+                    simd.stream(simd.load(from), to);
+                } else {
+                    simd.store(simd.load(from), to);
                 }
             }
         }

@@ -11,6 +11,9 @@ const TILE: usize = 8;
 /// multiple of what one way of the cache holds do not push each other's half-written lines out.
 const RUN: usize = 16;
 
+/// How many pixels ahead they are asked for.
+const AHEAD: usize = 4 * RUN;
+
 /// to\[c · `to_step`.1 + p · `to_step`.0\] = from\[c · `from_step`.1 + p · `from_step`.0\] for `channels`
 /// channels c of `pixels` pixels p; one of the steps is 1 on each side, not the same.
 pub struct Transpose<'a, T> {
@@ -84,6 +87,7 @@ impl<T: Scalar> Kernel<T> for Transpose<'_, T> {
     fn run<S: Simd<T>>(self, simd: S) {
         let whole = (self.pixels - self.pixels % RUN, self.channels - self.channels % TILE);
         for p in (0..whole.0).step_by(RUN) {
+            self.ask(simd, p + AHEAD);
             for c in (0..whole.1).step_by(TILE) {
                 // SAFETY: pixels p..p + RUN and channels c..c + TILE are inside.
                 unsafe {
@@ -98,6 +102,20 @@ impl<T: Scalar> Kernel<T> for Transpose<'_, T> {
 }
 
 impl<T: Scalar> Transpose<'_, T> {
+    /// Asks for a run of pixels from p on, on the side where each of them lies in lines of its own.
+    #[inline(always)]
+    fn ask<S: Simd<T>>(&self, simd: S, p: usize) {
+        let (pixels, step) = match self.from_step.1 {
+            1 => (self.from, self.from_step.0),
+            _ => (self.to.cast_const(), self.to_step.0),
+        };
+        for p in p..p + RUN {
+            for c in (0..self.channels).step_by(64 / size_of::<T>()) {
+                simd.prefetch(pixels.wrapping_add(p * step + c));
+            }
+        }
+    }
+
     /// # Safety
     /// Pixels p..p + TILE and channels c..c + TILE must be inside.
     #[inline(always)]

@@ -152,7 +152,7 @@ fn convolve<T: Scalar>(
     let (output, taps, block) = (geometry.output(), kh * kw, simd::selected_lanes::<T>());
     let blocks = input.c.div_ceil(block);
     let wide = widened(geometry, block);
-    let planes = Planes::new(y, output);
+    let planes = Planes::result(y, output);
     parallel::for_each(threads, input.n * blocks, |task| {
         let (n, first) = (task / blocks, task % blocks * block);
         let from = Block::new(x, input, n, first, block);
@@ -182,6 +182,7 @@ fn convolve<T: Scalar>(
             simd::dispatch(unsafe {
                 let to = planes.image(n).add(top * ow * input.c + first);
                 Pixels::to_raw((out, block), (to, input.c), rows * ow, channels)
+                    .streamed(planes.stream)
             });
         }
     });

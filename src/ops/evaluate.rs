@@ -109,7 +109,7 @@ pub fn xunit_evaluate_channels_last(
         (0..c).step_by(lanes).map(|c| block(unit, c, lanes).filtered(lanes)).collect();
     let halo = unit.kernel / 2;
     let (bands, chunks) = (h.div_ceil(ROWS), w.div_ceil(COLUMNS));
-    let planes = Planes::new(out, batch);
+    let planes = Planes::result(out, batch);
     parallel::for_each(threads, images * bands * chunks, |task| {
         let (n, band, chunk) = (task / chunks / bands, task / chunks % bands, task % chunks);
         let (rows, columns) =
@@ -126,7 +126,8 @@ pub fn xunit_evaluate_channels_last(
                 let len = (columns.len() - 1) * c + lanes;
                 // SAFETY: these channels of these pixels are inside image n, and this task alone
                 // writes them.
-                unsafe { RowMut::from_raw(planes.image(n).add(start), len, 0, c) }
+                let row = unsafe { RowMut::from_raw(planes.image(n).add(start), len, 0, c) };
+                if planes.stream { row.streamed(lanes) } else { row }
             };
             let around = rows.start + top - halo..rows.end + halo - bottom;
             let v: Vec<_> = around.map(|y| Row::new(&source[at(y, first)..], 0, c)).collect();
