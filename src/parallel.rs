@@ -150,6 +150,15 @@ fn host() -> Option<ParallelFor> {
     (!function.is_null()).then(|| unsafe { std::mem::transmute::<*mut (), ParallelFor>(function) })
 }
 
+/// At its end, what the thread has streamed may be read, even if a task unwinds.
+struct Fence;
+
+impl Drop for Fence {
+    fn drop(&mut self) {
+        simd::fence();
+    }
+}
+
 /// What the threads of one [`for_each`] share.
 struct Work<'a> {
     f: &'a (dyn Fn(usize) + Sync),
@@ -161,6 +170,7 @@ struct Work<'a> {
 impl Work<'_> {
     /// Works on tasks that nobody has begun, until there are none.
     fn run(&self) {
+        let _fence = Fence;
         let work = || {
             loop {
                 let task = self.next.fetch_add(1, Ordering::Relaxed);
@@ -175,7 +185,6 @@ impl Work<'_> {
             self.next.store(self.tasks, Ordering::Relaxed);
             *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
         }
-        simd::fence();
     }
 }
 
@@ -193,8 +202,8 @@ unsafe extern "C" fn run_for_host(_: i64, _: i64, context: *mut c_void) {
 pub fn for_each(threads: Threads, tasks: usize, f: impl Fn(usize) + Sync) {
     let count = threads.count();
     if count.min(tasks) < 2 {
-        (0..tasks).for_each(f);
-        return simd::fence();
+        let _fence = Fence;
+        return (0..tasks).for_each(f);
     }
     let work = Work { f: &f, next: AtomicUsize::new(0), tasks, panic: Mutex::new(None) };
     let host = if matches!(threads, Threads::Host(_)) { host() } else { None };

@@ -6,6 +6,7 @@
 //! vectorises for the same instruction set, because every kernel is inlined into [`dispatch`].
 
 use std::fmt;
+#[cfg(target_arch = "x86_64")]
 use std::mem::transmute_copy;
 use std::sync::{LazyLock, OnceLock};
 
@@ -120,6 +121,11 @@ fn second_level_cache() -> usize {
     0
 }
 
+/// Whether [`Simd::stream`] is more than a store with the instruction set in use.
+pub(crate) fn streams<T: Scalar>() -> bool {
+    matches!(selected(), Isa::Avx512 | Isa::Avx2) && size_of::<T>() == size_of::<f32>()
+}
+
 /// After [`Simd::stream`]s of this thread: what they wrote may be read, by any thread.
 pub fn fence() {
     #[cfg(target_arch = "x86_64")]
@@ -183,12 +189,12 @@ pub trait Simd<T: Scalar>: Copy {
     /// # Safety
     /// `ptr` must be valid for writing `n` ≤ `lanes` elements.
     unsafe fn store_first(self, x: Self::V, ptr: *mut T, n: usize);
-    /// [`Simd::store`] past the caches, where the instruction set can: what is not read again soon takes
-    /// half the traffic so, as its lines are not fetched before they are written. Neither may they be,
-    /// before [`fence`].
+    /// [`Simd::store`] past the caches, if [`streams`]: what is not read again soon takes half the traffic so,
+    /// as its lines are not fetched before they are written.
     ///
     /// # Safety
-    /// `ptr` must be valid for writing `lanes` elements, and aligned to as many.
+    /// `ptr` must be valid for writing `lanes` elements, and aligned to as many. Nobody may read them before
+    /// this thread has called [`fence`].
     #[inline(always)]
     unsafe fn stream(self, x: Self::V, ptr: *mut T) {
         // SAFETY: the caller's promise is the same.
@@ -285,12 +291,10 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> F32<I, TILE_VECTORS> {
         ops.lt(numbers, ops.splat(n as f32))
     }
 
-    /// AVX-512 does with one instruction what others need several for. Of this architecture's instruction sets
-    /// it alone has 16 lanes: its vectors are `__m512`.
+    /// Whether this is AVX-512, which of this architecture's instruction sets alone has 16 lanes: its vectors
+    /// are `__m512`. It has instructions for what others do in several.
     #[cfg(target_arch = "x86_64")]
     const AVX512: bool = size_of::<I::F32>() == 64;
-    #[cfg(not(target_arch = "x86_64"))]
-    const AVX512: bool = false;
 
     /// 1 / x, a normal number.
     #[inline(always)]

@@ -7,9 +7,10 @@ use common::owned::{depthwise_backward, depthwise_forward};
 use common::{Noise, cast, close, close_beside, flat, nan, on_every_isa, same_bits, spread};
 use ndarray::{Array1, Array3, Array4, ArrayView2, s};
 use xunit_rs::kernels::activation::{
-    Affine, Apply, Copy, Fill, FillGradient, Finish, Gate, GateGradient, NormGradient,
+    Affine, Apply, CopyOut, Fill, FillGradient, Finish, Gate, GateGradient, NormGradient,
     ReluGradient, Sums, Target,
 };
+use xunit_rs::kernels::minimal::Filter;
 use xunit_rs::kernels::transpose::Transpose;
 use xunit_rs::kernels::{MAX_LANES, conv, general};
 use xunit_rs::reference;
@@ -129,15 +130,20 @@ fn convolution_in<T: Scalar>(
     let (weight, bias) = (flat::<T, _>(taps), T::from_f64(bias));
     for isa in available() {
         let case = || format!("{} {isa}: kernel {kh}×{kw}, output {oh}×{ow}", size_of::<T>());
-        let mut out = nan::<T>(oh * ow);
         let (input, kernel) = (&input[..], (kh, kw));
         let next = &input[..input.len().min(oh * 40)];
-        let taps = conv::Taps::new(weight.clone(), kernel, 1, oh);
-        let mut scratch = nan(taps.scratch(oh, ow));
-        let (bias, to, taps, scratch) = (&[bias], &mut out[..], &taps, &mut scratch[..]);
-        let job = conv::Forward { input, ld, taps, bias, out: to, ow, scratch, next };
-        T::dispatch(isa, job);
-        near(&out, y, || format!("forward, {}", case()));
+        // As the machine has it, which may be without a filter, and with the filter.
+        for taps in [
+            conv::Taps::new(weight.clone(), kernel, 1, oh),
+            conv::Taps::with(weight.clone(), kernel, 1, Filter::of(kh)),
+        ] {
+            let mut out = nan::<T>(oh * ow);
+            let mut scratch = nan(taps.scratch(oh, ow));
+            let (bias, to, taps, scratch) = (&[bias], &mut out[..], &taps, &mut scratch[..]);
+            let job = conv::Forward { input, ld, taps, bias, out: to, ow, scratch, next };
+            T::dispatch(isa, job);
+            near(&out, y, || format!("forward, {}", case()));
+        }
         for grad_ld in [ow, ow + 5] {
             let grad = spread(&flat::<T, _>(grad), ow, grad_ld);
             // Sums go on top of what is there.
@@ -367,7 +373,8 @@ fn streamed<T: Scalar>(len: usize, mut write: impl FnMut(Target<'_, T>)) -> Vec<
     let mut both = [0, 1].map(|off| {
         let mut buffer = nan::<T>(len + 16 + off);
         let start = buffer.as_ptr().align_offset(64) + off;
-        write(Target::new(&mut buffer[start..start + len], true));
+        // SAFETY: nobody reads it before the fence.
+        write(unsafe { Target::streamed(&mut buffer[start..start + len], true) });
         fence();
         let outside = buffer[..start].iter().chain(&buffer[start + len..]);
         assert!(outside.into_iter().all(|x| x.to_f64().is_nan()));
@@ -392,7 +399,7 @@ fn gates() {
             let case = || format!("{} {isa}: {gate:?}, {} elements", size_of::<T>(), x.len());
             let mut got = nan::<T>(x.len());
             let affine = a.affine::<T>();
-            let out = Target::new(&mut got, false);
+            let out = Target::new(&mut got);
             T::dispatch(isa, Apply { gate, x, d, affine, out });
             close(&got, &want.out, || format!("apply, {}", case()));
             let got_streamed = streamed(x.len(), |out| {
@@ -406,7 +413,7 @@ fn gates() {
             });
             close(&got, &want.direct, || format!("streamed past the gate, {}", case()));
             let (mut direct, mut e) = (nan::<T>(x.len()), nan::<T>(x.len()));
-            let (past, at) = (Target::new(&mut direct, false), &mut e);
+            let (past, at) = (Target::new(&mut direct), &mut e);
             let job = GateGradient { gate, grad, x, d, affine, direct: past, e: at };
             let sums = T::dispatch(isa, job);
             close(&direct, &want.direct, || format!("gradient past the gate, {}", case()));
@@ -438,7 +445,7 @@ fn gates_far_from_zero() {
             let (d, x) = (&cast::<T>(d)[..], &vec![T::ONE; d.len()][..]);
             let affine = Affine::identity();
             let mut out = nan::<T>(d.len());
-            let target = Target::new(&mut out, false);
+            let target = Target::new(&mut out);
             T::dispatch(isa, Apply { gate, x, d, affine, out: target });
             // Relative to each value; subnormal ones may be flushed to zero.
             for ((out, want), d) in out.iter().zip(want).zip(d) {
@@ -488,7 +495,7 @@ fn norm_gradient() {
             let (x, grad) = (&cast::<T>(&a.x)[..], &cast::<T>(&a.grad)[..]);
             let direct = &vec![T::from_f64(0.5); len][..];
             let mut got = nan::<T>(len);
-            let out = Target::new(&mut got, false);
+            let out = Target::new(&mut got);
             let sum = T::dispatch(isa, Finish { norm, x, grad, direct: Some(direct), out });
             let added: Vec<_> = want.iter().map(|g| g + 0.5).collect();
             close(&got, &added, || format!("added, {}", case()));
@@ -498,7 +505,7 @@ fn norm_gradient() {
                 T::dispatch(isa, Finish { norm, x, grad, direct: None, out });
             });
             close(&got, want, || format!("alone, {}", case()));
-            same_bits(&streamed(len, |to| T::dispatch(isa, Copy { from: x, to })), x, || {
+            same_bits(&streamed(len, |to| T::dispatch(isa, CopyOut { from: x, to })), x, || {
                 format!("copy, {}", case())
             });
             for width in [len, 1].into_iter().chain(len.is_multiple_of(8).then_some(8)) {
@@ -550,7 +557,7 @@ fn norm_gradients_that_cancel() {
     let want: f64 = e.iter().zip(&x).map(rounding).sum();
     for isa in available() {
         let mut grad = nan::<f32>(e.len());
-        let out = Target::new(&mut grad, false);
+        let out = Target::new(&mut grad);
         f32::dispatch(isa, Finish { norm, x: &x, grad: &e, direct: None, out });
         let sum: f64 = grad.iter().map(|&g| f64::from(g)).sum();
         // 2e-5 of roundings; rounded constants would give 1.1e-4.

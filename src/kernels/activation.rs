@@ -115,15 +115,23 @@ fn store<T: Scalar, S: Simd<T>>(simd: S, v: S::V, slice: &mut [T], at: usize, n:
     }
 }
 
-/// A slice to write, past the caches if it is not read again soon: see [`Simd::stream`]. The caller sees to
-/// the fence, as [`crate::parallel::for_each`] does.
+/// A slice to write, perhaps past the caches: see [`Simd::stream`].
 pub struct Target<'a, T> {
     slice: &'a mut [T],
     stream: bool,
 }
 
 impl<'a, T: Scalar> Target<'a, T> {
-    pub fn new(slice: &'a mut [T], stream: bool) -> Self {
+    pub fn new(slice: &'a mut [T]) -> Self {
+        Self { slice, stream: false }
+    }
+
+    /// Past the caches, if `stream`, where vectors are aligned.
+    ///
+    /// # Safety
+    /// After the kernel, nobody may read it before this thread has called [`crate::simd::fence`], as
+    /// [`crate::parallel::for_each`] does at the end.
+    pub unsafe fn streamed(slice: &'a mut [T], stream: bool) -> Self {
         Self { slice, stream }
     }
 
@@ -426,8 +434,8 @@ impl<T: Scalar> Kernel<T> for ReluGradient<'_, T> {
     }
 }
 
-/// Writes the [`NormGradient`] of `grad` at `x`, and `direct` beside it if there is such; returns the sum of
-/// the former.
+/// Writes the [`NormGradient`] of `grad` at `x`, plus `direct` if there is such; returns the sum of the
+/// former.
 pub struct Finish<'a, T> {
     pub norm: NormGradient<T>,
     pub x: &'a [T],
@@ -468,17 +476,17 @@ impl<T: Scalar> Kernel<T> for Finish<'_, T> {
 }
 
 /// Copies to where it is not read again soon.
-pub struct Copy<'a, T> {
+pub struct CopyOut<'a, T> {
     pub from: &'a [T],
     pub to: Target<'a, T>,
 }
 
-impl<T: Scalar> Kernel<T> for Copy<'_, T> {
+impl<T: Scalar> Kernel<T> for CopyOut<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, simd: S) {
-        let Copy { from, mut to } = self;
+        let CopyOut { from, mut to } = self;
         assert!(from.len() == to.slice.len());
         let stream = to.streams(simd);
         each_vector!(simd, from.len(), |at, n| {

@@ -13,6 +13,9 @@ use super::minimal::{self, Filter};
 use crate::memory::Line;
 use crate::simd::{Kernel, Simd};
 
+/// Elements of a cache line.
+const LINE: usize = size_of::<Line>() / size_of::<f32>();
+
 /// A row to read: (blocks, pixels, lanes), a block `stride` elements after the one before, a pixel
 /// `step` elements: as many as lanes, or more where it lies in a tensor in channels_last.
 #[derive(Clone, Copy, Debug)]
@@ -64,7 +67,8 @@ pub struct RowMut<'a> {
     stride: usize,
     step: usize,
     len: usize,
-    /// Of [`Gated`]: see [`Simd::stream`]. All vectors are aligned then.
+    /// All vectors begin a cache line, and [`Gated`] streams those that are whole lines: half a line at a time
+    /// would be worse than nothing.
     stream: bool,
     data: PhantomData<&'a mut [f32]>,
 }
@@ -84,10 +88,13 @@ impl<'a> RowMut<'a> {
         Self { ptr, stride, step, len, stream: false, data: PhantomData }
     }
 
-    /// To be written past the caches by [`Gated`], if its pixels are aligned to vectors of so many lanes; the
-    /// caller sees to the fence, as [`crate::parallel::for_each`] does.
-    pub fn streamed(self, lanes: usize) -> Self {
-        let aligned = |elements: usize| elements.is_multiple_of(lanes);
+    /// To be written past the caches by [`Gated`], where its vectors are aligned lines.
+    ///
+    /// # Safety
+    /// After the kernel, nobody may read the row before this thread has called [`crate::simd::fence`], as
+    /// [`crate::parallel::for_each`] does at the end.
+    pub unsafe fn streamed(self) -> Self {
+        let aligned = |elements: usize| elements.is_multiple_of(LINE);
         let start = self.ptr.addr() / size_of::<f32>();
         Self { stream: [start, self.stride, self.step].into_iter().all(aligned), ..self }
     }
@@ -748,7 +755,7 @@ impl Gated<'_> {
                     let x_at = simd.load(from.block(block).add((x + c) * from.step));
                     let out = simd.fma(scale, simd.mul(x_at, g), shift);
                     let to_pixel = to.block(block).add((x + c) * to.step);
-                    if to.stream {
+                    if to.stream && lanes == LINE {
                         simd.stream(out, to_pixel);
                     } else {
                         simd.store(out, to_pixel);
@@ -898,7 +905,7 @@ impl Gated<'_> {
         // Of the tile after this one, while there are products to compute.
         for y in rows.clone() {
             let to = &self.out[y];
-            for c in if to.stream { 0..0 } else { x + C..x + 2 * C } {
+            for c in if to.stream && lanes == LINE { 0..0 } else { x + C..x + 2 * C } {
                 simd.prefetch(to.block(block).wrapping_add(c * to.step));
             }
         }

@@ -18,7 +18,7 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// Of k rows of taps; none where plain sums are as fast.
+    /// Of k rows of taps; none where plain sums are as fast everywhere.
     ///
     /// Time over that of plain sums, one thread of a Zen 4, AVX-512, at 16 × 64 × 64 × 64, 64 × 64 × 40 × 40
     /// and 64 × 512 × 512: forward k = 11 0.78, 0.85 and 0.68; k = 7 0.98, 1.09 and 0.94, which the training

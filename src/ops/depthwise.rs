@@ -3,7 +3,7 @@
 use super::phases::{self, Phases};
 use super::scratch::{Scratch, Window};
 use super::{Planes, check_depthwise, expect_len, optional_len, plane, turned};
-use crate::kernels::activation::{Copy, Sums};
+use crate::kernels::activation::{CopyOut, Sums};
 use crate::kernels::conv;
 use crate::parallel::{self, Threads};
 use crate::shape::{Batch, Conv, Geometry, ShapeError};
@@ -148,7 +148,8 @@ impl<T: Scalar> Convolution<T> {
         let Geometry { conv, ow, oh, .. } = *geometry;
         let strip = window.strip(geometry);
         // What goes past the caches goes there line by line, which the tiles of the kernel do not.
-        let mut staged = Scratch::new(if out.stream { strip * ow } else { 0 });
+        let stage = out.streams_pieces(strip * ow);
+        let mut staged = Scratch::new(if stage { strip * ow } else { 0 });
         for y in (0..oh).step_by(strip) {
             let end = (y + strip).min(oh);
             let pixels = y * ow..end * ow;
@@ -161,16 +162,16 @@ impl<T: Scalar> Convolution<T> {
                 window.ahead(0..strip + conv.kh - 1, next)
             };
             let (input, ld, bias) = (window.input(), window.ld, &[bias]);
-            let to = match out.stream {
+            let to = match stage {
                 true => &mut staged[..pixels.len()],
                 // SAFETY: the caller's promise.
                 false => unsafe { &mut out.plane(n, c)[pixels.clone()] },
             };
             simd::dispatch(conv::Forward { input, ld, taps, bias, out: to, ow, scratch, next });
-            if out.stream {
+            if stage {
                 // SAFETY: as above.
                 let to = unsafe { out.target(n, c, pixels.clone()) };
-                simd::dispatch(Copy { from: &staged[..pixels.len()], to });
+                simd::dispatch(CopyOut { from: &staged[..pixels.len()], to });
             }
         }
     }

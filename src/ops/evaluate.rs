@@ -125,9 +125,11 @@ pub fn xunit_evaluate_channels_last(
                 let start = (y * w + columns.start) * c + i * lanes;
                 let len = (columns.len() - 1) * c + lanes;
                 // SAFETY: these channels of these pixels are inside image n, and this task alone
-                // writes them.
-                let row = unsafe { RowMut::from_raw(planes.image(n).add(start), len, 0, c) };
-                if planes.stream { row.streamed(lanes) } else { row }
+                // writes them; nobody reads them before all tasks are done.
+                unsafe {
+                    let row = RowMut::from_raw(planes.image(n).add(start), len, 0, c);
+                    if planes.stream { row.streamed() } else { row }
+                }
             };
             let around = rows.start + top - halo..rows.end + halo - bottom;
             let v: Vec<_> = around.map(|y| Row::new(&source[at(y, first)..], 0, c)).collect();

@@ -13,10 +13,10 @@ use crate::shape::Geometry;
 use crate::simd::{self, Scalar};
 
 const LINE: usize = align_of::<Line>() / size_of::<f32>();
-/// Elements of a thread's stack: two huge pages, of which the second one is rarely touched.
+/// Elements of a thread's stack: two huge pages, of which small planes leave the second one untouched.
 const STACK: usize = 1 << 20;
-/// The most that a thread keeps beside its stack for its next task: 16 MiB.
-const KEPT: usize = 1 << 22;
+/// The most that a thread keeps beside its stack for its next task: 32 MiB, two planes of 2048 × 2048.
+const KEPT: usize = 1 << 23;
 
 /// The memory that a thread does not give back.
 #[derive(Default)]

@@ -429,7 +429,8 @@ pub fn xunit_backward<T: Scalar>(
     let taps = unit.kernel * unit.kernel;
     let threads = threads.for_work(batch.size() * (taps + POINTWISE_WORK));
 
-    // Per channel: taps, bias, norm 1 (weight, bias), norm 2 (weight, bias), pointwise bias.
+    // Per channel: taps, bias, norm 1 (weight, bias), norm 2 (weight, bias), pointwise bias, which the dense
+    // unit alone has.
     let width = taps + 6;
     let mut sums = vec![0.0; batch.c * width];
     let gx_planes = Planes::result(&mut *gx, batch);
@@ -550,7 +551,7 @@ impl<T: Scalar> Backward<'_, T> {
                 direct: match gp {
                     // SAFETY: this task alone names channel c.
                     Some(_) => unsafe { gx.target(n, c, 0..size) },
-                    None => Target::new(direct, false),
+                    None => Target::new(direct),
                 },
                 e,
             });
