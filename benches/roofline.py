@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ UNIT_MARKERS = {"depthwise": "o", "xUnit": "o", "xUnitS": "s", "xUnitD": "^"}
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LOWEST, HIGHEST = 0.004, 2.0
+OCTAVES = 0.24  # of the x axis that a character of a label takes
 
 Row = dict[str, Any]
 
@@ -70,10 +72,18 @@ def draw(
     clusters: dict[float, list[Row]] = {}
     for row in rows:
         clusters.setdefault(round(row["intensity"], 6), []).append(row)
-    for intensity, members in clusters.items():
+    # Where the last label of each line ends: one that would touch it goes to the next line.
+    written: list[float] = []
+    for intensity, members in sorted(clusters.items()):
         members.sort(key=lambda row: (row["operation"], shapes.index(name_of(row))))
         labels = sorted({kernel_label(row["operation"]) for row in members})
-        axes.text(intensity, HIGHEST * 0.82, ", ".join(labels), ha="center", va="top", fontsize=8)
+        text = ", ".join(labels)
+        half = OCTAVES * max(map(len, text.split("\n"))) / 2
+        start = math.log2(intensity) - half
+        line = next((i for i, end in enumerate(written) if end <= start), len(written))
+        written[line : line + 1] = [start + 2 * half]
+        height = HIGHEST * 0.82 * 0.6**line
+        axes.text(intensity, height, text, ha="center", va="top", fontsize=8)
         for i, row in enumerate(members):
             width = min(0.36, 0.06 * len(members))
             step = (i / (len(members) - 1) - 0.5) if len(members) > 1 else 0.0
