@@ -210,8 +210,8 @@ pub trait Simd<T: Scalar>: Copy {
     /// `then` where u ≤ 0, else (NaN too) `other`.
     fn select_le_zero(self, u: Self::V, then: Self::V, other: Self::V) -> Self::V;
     fn sum(self, x: Self::V) -> T;
-    /// exp(x) of x ≤ 0.
-    fn exp_negative(self, x: Self::V) -> Self::V;
+    /// exp(x) of x ≤ 88; in `f32` zero where it is no normal number.
+    fn exp(self, x: Self::V) -> Self::V;
     /// Eight rows of eight elements, `from_ld` apart, become columns: rows `to_ld` apart.
     ///
     /// # Safety
@@ -312,41 +312,6 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> F32<I, TILE_VECTORS> {
         }
         ops.reciprocal(x)
     }
-
-    /// exp(x) of x ≤ 88; zero where it is no normal number.
-    #[inline(always)]
-    fn exp(self, x: I::F32) -> I::F32 {
-        // rten-vecmath's `Exp` has the same steps, and twice as many for x > 0 and for results that
-        // are no normal numbers.
-        let (ops, ints) = (self.0.f32(), self.0.i32());
-        let fma = |a, b, c| ops.mul_add(a, ops.splat(b), c);
-        // x = n · ln 2 + r with an integer n, of which the sum with 1.5 · 2²³ has no fraction.
-        let magic = ops.splat(12_582_912.0);
-        let n = ops.sub(fma(x, std::f32::consts::LOG2_E, magic), magic);
-        // ln 2 in two parts, of which the products of n and the first are exact.
-        let r = fma(n, 2.121_944_4e-4, fma(n, -0.693_359_4, x));
-        // exp(r) within 3e-9 where |r| ≤ ln 2 / 2, all but the rounding of its steps.
-        let mut y = ops.splat(1.381_446_7e-3);
-        for coefficient in [8.368_781e-3, 4.166_839_4e-2, 0.166_665_2, 0.499_999_93, 1.0, 1.0] {
-            y = ops.mul_add(y, r, ops.splat(coefficient));
-        }
-        let least = ops.splat(LEAST);
-        #[cfg(target_arch = "x86_64")]
-        if const { Self::AVX512 } {
-            use std::arch::x86_64::{
-                __m512, _CMP_NLT_UQ, _mm512_cmp_ps_mask, _mm512_maskz_scalef_ps,
-            };
-            // SAFETY: see `AVX512`. Subnormal numbers would take 280 cycles; they are masked.
-            unsafe {
-                let of = |v: I::F32| transmute_copy::<I::F32, __m512>(&v);
-                let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(of(x), of(least));
-                return transmute_copy(&_mm512_maskz_scalef_ps(normal, of(y), of(n)));
-            }
-        }
-        let power = ints.shift_left::<23>(ints.add(ops.to_int_trunc(n), ints.splat(127)));
-        let y = ops.mul(y, power.reinterpret_cast());
-        ops.select(ops.zero(), y, ops.lt(x, least))
-    }
 }
 
 /// Below, the exponential is no normal number.
@@ -440,8 +405,37 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
         self.0.f32().sum(x)
     }
     #[inline(always)]
-    fn exp_negative(self, x: I::F32) -> I::F32 {
-        self.exp(x)
+    fn exp(self, x: I::F32) -> I::F32 {
+        // rten-vecmath's `Exp` has the same steps, and twice as many for x > 0 and for results that
+        // are no normal numbers.
+        let (ops, ints) = (self.0.f32(), self.0.i32());
+        let fma = |a, b, c| ops.mul_add(a, ops.splat(b), c);
+        // x = n · ln 2 + r with an integer n, of which the sum with 1.5 · 2²³ has no fraction.
+        let magic = ops.splat(12_582_912.0);
+        let n = ops.sub(fma(x, std::f32::consts::LOG2_E, magic), magic);
+        // ln 2 in two parts, of which the products of n and the first are exact.
+        let r = fma(n, 2.121_944_4e-4, fma(n, -0.693_359_4, x));
+        // exp(r) within 3e-9 where |r| ≤ ln 2 / 2, all but the rounding of its steps.
+        let mut y = ops.splat(1.381_446_7e-3);
+        for coefficient in [8.368_781e-3, 4.166_839_4e-2, 0.166_665_2, 0.499_999_93, 1.0, 1.0] {
+            y = ops.mul_add(y, r, ops.splat(coefficient));
+        }
+        let least = ops.splat(LEAST);
+        #[cfg(target_arch = "x86_64")]
+        if const { Self::AVX512 } {
+            use std::arch::x86_64::{
+                __m512, _CMP_NLT_UQ, _mm512_cmp_ps_mask, _mm512_maskz_scalef_ps,
+            };
+            // SAFETY: see `AVX512`. Subnormal numbers would take 280 cycles; they are masked.
+            unsafe {
+                let of = |v: I::F32| transmute_copy::<I::F32, __m512>(&v);
+                let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(of(x), of(least));
+                return transmute_copy(&_mm512_maskz_scalef_ps(normal, of(y), of(n)));
+            }
+        }
+        let power = ints.shift_left::<23>(ints.add(ops.to_int_trunc(n), ints.splat(127)));
+        let y = ops.mul(y, power.reinterpret_cast());
+        ops.select(ops.zero(), y, ops.lt(x, least))
     }
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
@@ -543,7 +537,7 @@ impl Simd<f64> for F64 {
         ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]))
     }
     #[inline(always)]
-    fn exp_negative(self, x: Self::V) -> Self::V {
+    fn exp(self, x: Self::V) -> Self::V {
         lanes(|i| x[i].exp())
     }
     #[inline(always)]

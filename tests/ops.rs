@@ -406,6 +406,7 @@ fn large_results_are_the_same_past_the_caches() {
                 .unwrap();
             same_bits(out.get(), &want.x, name("gradient to x"));
             same_bits(&weight, &want.weight, name("gradient to weight"));
+            same_bits(&bias, &want.bias, name("gradient to bias"));
             if let (Some(weight), Some(bias)) = (&want.pointwise_weight, &want.pointwise_bias) {
                 same_bits(&gw, weight, name("gradient to pointwise weight"));
                 same_bits(&gb, bias, name("gradient to pointwise bias"));

@@ -20,7 +20,7 @@ impl Gate {
     pub(super) fn value<T: Scalar, S: Simd<T>>(self, simd: S, d: S::V) -> S::V {
         match self {
             Gate::Sigmoid => simd.sigmoid(d),
-            Gate::Gaussian => simd.exp_negative(simd.mul(simd.sub(simd.splat(T::ZERO), d), d)),
+            Gate::Gaussian => simd.exp(simd.mul(simd.sub(simd.splat(T::ZERO), d), d)),
         }
     }
 
