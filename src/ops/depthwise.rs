@@ -153,7 +153,7 @@ impl<T: Scalar> Convolution<T> {
         for y in (0..oh).step_by(strip) {
             let end = (y + strip).min(oh);
             let pixels = y * ow..end * ow;
-            window.slide_over(y..end + conv.kh - 1, x, None);
+            window.slide_over(y..end + conv.kh - 1, (x, 0), None);
             let next = if end < oh {
                 window.ahead(end..(end + strip).min(oh) + conv.kh - 1, x)
             } else if next.is_empty() {
@@ -206,7 +206,7 @@ impl<T: Scalar> WeightGradient<T> {
         for y in (0..oh).step_by(strip) {
             let end = (y + strip).min(oh);
             let rows = end - y;
-            window.slide_over(y..end + conv.kh - 1, x, None);
+            window.slide_over(y..end + conv.kh - 1, (x, 0), None);
             let after = (end + strip).min(oh);
             let next = if end < oh {
                 [&grad[end * ow..after * ow], window.ahead(end..after + conv.kh - 1, x)]

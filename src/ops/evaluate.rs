@@ -2,13 +2,14 @@
 //! vector has lanes, in which the depthwise convolution takes whole vectors and the gate follows it in
 //! registers.
 
+use std::ops::Range;
+
 use super::pointwise::Pointwise;
 use super::scratch::Scratch;
 use super::xunit::{Channel, POINTWISE_WORK, Variant, XUnit, check};
 use super::{Planes, expect_len};
 use crate::kernels::activation::Affine;
 use crate::kernels::blocked::{GateWeights, Gated, Maps, Mix, MixWeights, Row, RowMut, padding};
-use crate::memory::Aligned;
 use crate::parallel::{self, Threads};
 use crate::shape::{Batch, ShapeError, shape_error};
 use crate::simd;
@@ -17,6 +18,8 @@ use crate::simd;
 /// tiles of minimal filtering.
 const ROWS: usize = 24;
 const COLUMNS: usize = 96;
+/// Bands of as many rows of a task of xUnitD.
+const BANDS: usize = 4;
 
 /// What a channel's bias becomes in a convolution that `norm` is folded into.
 fn folded_bias(bias: Option<&[f32]>, c: usize, norm: Affine<f32>) -> f32 {
@@ -48,17 +51,8 @@ fn block(unit: &XUnit<'_, f32>, first: usize, lanes: usize) -> GateWeights {
     GateWeights::new((unit.gate, unit.kernel), folded, bias, rectifier, after, lanes)
 }
 
-/// Pixels of a task of the convolution 1 × 1.
-const PANEL: usize = 192;
-
 /// relu(\[BN\] PW x) of xUnitD, batch norm folded into the weights.
-fn pointwise(
-    unit: &XUnit<'_, f32>,
-    pointwise: &Pointwise<'_, f32>,
-    x: &[f32],
-    c: usize,
-    threads: Threads,
-) -> Aligned {
+fn pointwise(unit: &XUnit<'_, f32>, pointwise: &Pointwise<'_, f32>, c: usize) -> MixWeights {
     let mut weight = pointwise.weight.to_vec();
     let mut bias = Vec::new();
     for (o, row) in weight.chunks_exact_mut(c).enumerate() {
@@ -66,18 +60,47 @@ fn pointwise(
         row.iter_mut().for_each(|weight| *weight *= norm.scale);
         bias.push(folded_bias(pointwise.bias, o, norm));
     }
-    let weights = MixWeights::new(&weight, bias, simd::selected_lanes::<f32>());
-    let mut p = Aligned::new(x.len());
-    let panels = Planes::new(&mut p, Batch { n: 1, c: 1, h: x.len() / c, w: c });
-    let pixels = x.len() / c;
-    parallel::for_each(threads, pixels.div_ceil(PANEL), |task| {
-        let first = task * PANEL;
-        let len = PANEL.min(pixels - first) * c;
-        // SAFETY: these pixels are inside, and this task alone writes them.
-        let out = unsafe { std::slice::from_raw_parts_mut(panels.image(0).add(first * c), len) };
-        simd::dispatch(Mix { weights: &weights, x: &x[first * c..][..len], out });
-    });
-    p
+    MixWeights::new(&weight, bias, simd::selected_lanes::<f32>())
+}
+
+/// Some rows of an image in channels_last: of these columns and all channels.
+struct Rows {
+    data: Scratch<f32>,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    c: usize,
+}
+
+impl Rows {
+    /// Room for so many.
+    fn new(rows: usize, columns: Range<usize>, c: usize) -> Self {
+        Self { data: Scratch::new(rows * columns.len() * c), rows: 0..0, columns, c }
+    }
+
+    /// Elements of a row.
+    fn len(&self) -> usize {
+        self.columns.len() * self.c
+    }
+
+    /// Slides down to `rows`, which are made of an image of x, (H, W, C), unless they were there.
+    fn slide(&mut self, rows: Range<usize>, weights: &MixWeights, x: &[f32], w: usize) {
+        let (len, c) = (self.len(), self.c);
+        let kept = self.rows.end.saturating_sub(rows.start);
+        if kept > 0 {
+            let from = (rows.start - self.rows.start) * len;
+            self.data.copy_within(from..from + kept * len, 0);
+        }
+        for (y, out) in rows.clone().zip(self.data.chunks_exact_mut(len)).skip(kept) {
+            let x = &x[(y * w + self.columns.start) * c..][..len];
+            simd::dispatch(Mix { weights, x, out });
+        }
+        self.rows = rows;
+    }
+
+    /// Row y, from channel `first` on.
+    fn row(&self, y: usize, first: usize) -> Row<'_> {
+        Row::new(&self.data[(y - self.rows.start) * self.len() + first..], 0, self.c)
+    }
 }
 
 /// [`super::xunit_forward`] of x to out, both (N, H, W, C) contiguous, where batch norms are given
@@ -103,48 +126,63 @@ pub fn xunit_evaluate_channels_last(
         return Err(shape_error!("channels_last is for evaluation: batch norm needs statistics"));
     }
     let threads = threads.for_work(batch.size() * (unit.kernel * unit.kernel + POINTWISE_WORK));
-    let mixed = unit.pointwise.as_ref().map(|own| pointwise(unit, own, x, c, threads));
-    let source = mixed.as_deref().unwrap_or(x);
+    let mixed = unit.pointwise.as_ref().map(|own| pointwise(unit, own, c));
     let blocks: Vec<_> =
         (0..c).step_by(lanes).map(|c| block(unit, c, lanes).filtered(lanes)).collect();
     let halo = unit.kernel / 2;
-    let (bands, chunks) = (h.div_ceil(ROWS), w.div_ceil(COLUMNS));
+    // What two bands of a task read is mixed once.
+    let of_task = if mixed.is_some() { BANDS * ROWS } else { ROWS };
+    let (tasks, chunks) = (h.div_ceil(of_task), w.div_ceil(COLUMNS));
     let planes = Planes::result(out, batch);
-    parallel::for_each(threads, images * bands * chunks, |task| {
-        let (n, band, chunk) = (task / chunks / bands, task / chunks % bands, task % chunks);
-        let (rows, columns) =
-            (band * ROWS..h.min((band + 1) * ROWS), w * chunk / chunks..w * (chunk + 1) / chunks);
-        let (top, bottom) = padding(&rows, halo, h);
+    parallel::for_each(threads, images * tasks * chunks, |task| {
+        let (n, task, chunk) = (task / chunks / tasks, task / chunks % tasks, task % chunks);
+        let image = &x[n * h * w * c..][..h * w * c];
+        let columns = w * chunk / chunks..w * (chunk + 1) / chunks;
         let (left, right) = padding(&columns, halo, w);
-        let first = columns.start + left - halo;
-        let scratch = blocks[0].scratch(rows.len(), columns.len(), lanes);
-        let mut scratch = Scratch::new(scratch);
-        for (i, weights) in blocks.iter().enumerate() {
-            let at = |y, column| ((n * h + y) * w + column) * c + i * lanes;
-            let of_out = |y| {
-                let start = (y * w + columns.start) * c + i * lanes;
-                let len = (columns.len() - 1) * c + lanes;
-                // SAFETY: these channels of these pixels are inside image n, and this task alone
-                // writes them; nobody reads them before all tasks are done.
-                unsafe {
-                    let row = RowMut::from_raw(planes.image(n).add(start), len, 0, c);
-                    if planes.stream { row.streamed() } else { row }
+        let around = columns.start + left - halo..columns.end + halo - right;
+        let all = task * of_task..h.min((task + 1) * of_task);
+        let mut scratch =
+            Scratch::new(blocks[0].scratch(ROWS.min(all.len()), columns.len(), lanes));
+        let mut rows_of_mixed = mixed
+            .as_ref()
+            .map(|_| Rows::new(h.min(all.len().min(ROWS) + 2 * halo), around.clone(), c));
+        for start in all.clone().step_by(ROWS) {
+            let rows = start..all.end.min(start + ROWS);
+            let (top, bottom) = padding(&rows, halo, h);
+            let reached = rows.start + top - halo..rows.end + halo - bottom;
+            if let (Some(mixed), Some(weights)) = (&mut rows_of_mixed, &mixed) {
+                mixed.slide(reached.clone(), weights, image, w);
+            }
+            let of_x = |y, column, first| Row::new(&image[(y * w + column) * c + first..], 0, c);
+            for (i, weights) in blocks.iter().enumerate() {
+                let first = i * lanes;
+                let of_out = |y| {
+                    let start = (y * w + columns.start) * c + first;
+                    let len = (columns.len() - 1) * c + lanes;
+                    // SAFETY: these channels of these pixels are inside image n, and this task alone
+                    // writes them; nobody reads them before all tasks are done.
+                    unsafe {
+                        let row = RowMut::from_raw(planes.image(n).add(start), len, 0, c);
+                        if planes.stream { row.streamed() } else { row }
+                    }
+                };
+                let of_v = |y| match &rows_of_mixed {
+                    Some(mixed) => mixed.row(y, first),
+                    None => of_x(y, around.start, first),
+                };
+                let v: Vec<_> = reached.clone().map(of_v).collect();
+                let x: Vec<_> = rows.clone().map(|y| of_x(y, columns.start, first)).collect();
+                let out: Vec<_> = rows.clone().map(of_out).collect();
+                let (padding, pixels, out) = ([top, bottom, left, right], columns.len(), &out[..]);
+                let gated = |weights, scratch: &mut [f32]| {
+                    simd::dispatch(Gated { weights, v: &v, x: &x, padding, pixels, out, scratch })
+                };
+                if !gated(weights, &mut scratch) {
+                    // Infinities and NaNs where they should be.
+                    let weights = block(unit, first, lanes);
+                    let len = weights.scratch(rows.len(), pixels, lanes);
+                    gated(&weights, &mut Scratch::new(len));
                 }
-            };
-            let around = rows.start + top - halo..rows.end + halo - bottom;
-            let v: Vec<_> = around.map(|y| Row::new(&source[at(y, first)..], 0, c)).collect();
-            let x: Vec<_> =
-                rows.clone().map(|y| Row::new(&x[at(y, columns.start)..], 0, c)).collect();
-            let (out, padding) =
-                (rows.clone().map(of_out).collect::<Vec<_>>(), [top, bottom, left, right]);
-            let (pixels, out) = (columns.len(), &out[..]);
-            let gated = |weights, scratch: &mut [f32]| {
-                simd::dispatch(Gated { weights, v: &v, x: &x, padding, pixels, out, scratch })
-            };
-            if !gated(weights, &mut scratch) {
-                // Infinities and NaNs where they should be.
-                let weights = block(unit, i * lanes, lanes);
-                gated(&weights, &mut Scratch::new(weights.scratch(rows.len(), pixels, lanes)));
             }
         }
     });

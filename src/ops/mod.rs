@@ -6,6 +6,7 @@
 //! next.
 
 mod channels_last;
+mod dense;
 mod depthwise;
 mod evaluate;
 mod groups;

@@ -198,16 +198,22 @@ impl<T: Scalar> Window<T> {
         self.rows = rows;
     }
 
-    /// [`Window::slide`] over a plane, as it is or through ReLU and an affine map.
+    /// To slide down from the padded row `row` on.
+    pub(super) fn restart(&mut self, row: usize) {
+        self.rows = row..row;
+    }
+
+    /// [`Window::slide`] over a plane, given from its row `first` on, as it is or through ReLU and an affine
+    /// map.
     pub(super) fn slide_over(
         &mut self,
         rows: Range<usize>,
-        plane: &[T],
+        (plane, first): (&[T], usize),
         relu_of: Option<Affine<T>>,
     ) {
         let (ld, width) = (self.ld, self.w);
         self.slide(rows, |rows, padded, origin| {
-            let plane = &plane[rows.start * width..rows.end * width];
+            let plane = &plane[(rows.start - first) * width..(rows.end - first) * width];
             simd::dispatch(Fill { plane, width, relu_of, padded, ld, origin });
         });
     }

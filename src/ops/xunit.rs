@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use super::dense;
 use super::groups::{self, Groups, Layout};
 use super::pointwise::Pointwise;
 use super::scratch::{Scratch, Window};
@@ -252,6 +253,13 @@ pub fn xunit_forward<T: Scalar>(
         check_stats(norm, stats, batch.c)?;
     }
     let threads = threads.for_work(batch.size() * (unit.kernel * unit.kernel + POINTWISE_WORK));
+    let awaits = |norm: &Option<Norm<'_, T>>| norm.is_some_and(|norm| norm.stats.is_none());
+    let keeps = p.is_some() || d.is_some() || awaits(&unit.norm1) || awaits(&unit.norm2);
+    if let (Some(pointwise), Layout::Planes, false) = (&unit.pointwise, layout, keeps) {
+        let (x, out) = (Source::new(x, batch), Planes::result(out, batch));
+        dense::forward(unit, pointwise, x, &out, threads);
+        return Ok(());
+    }
     let mut own = Vec::new();
     let p = match unit.pointwise {
         Some(pointwise) => {
@@ -359,7 +367,7 @@ impl<T: Scalar> Forward<'_, T> {
             for y in (0..batch.h).step_by(strip) {
                 let end = (y + strip).min(batch.h);
                 let pixels = y * batch.w..end * batch.w;
-                window.slide_over(y..end + k - 1, plane, relu_of);
+                window.slide_over(y..end + k - 1, (plane, 0), relu_of);
                 // Where d is not kept but its statistics are awaited, it waits in the output.
                 let d = match d.as_ref().or(waits.then_some(out)) {
                     // SAFETY: this task alone names channel c.
@@ -587,7 +595,7 @@ impl<T: Scalar> Backward<'_, T> {
             for y in (0..batch.h).step_by(strip) {
                 let end = (y + strip).min(batch.h);
                 let pixels = y * batch.w..end * batch.w;
-                input.slide_over(y..end + k - 1, u, relu_of);
+                input.slide_over(y..end + k - 1, (u, 0), relu_of);
                 output.slide(y..end + k - 1, |rows, padded, origin| {
                     let pixels = rows.start * batch.w..rows.end * batch.w;
                     sum[0] += simd::dispatch(FillGradient {
