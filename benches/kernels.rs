@@ -147,18 +147,16 @@ fn unit_backward(bencher: Bencher, variant: Variant, k: usize) {
     let unit = parameters.unit(true, true);
     let (d, p, grad) = (noise(BATCH.size()), noise(BATCH.size()), noise(BATCH.size()));
     let saved = XUnitSaved { x: &x, d: &d, p: unit.pointwise.map(|_| &p[..]) };
-    let (mut gx, mut gp) = (x.clone(), x.clone());
+    let mut gx = x.clone();
     let (mut gweight, mut gpointwise) = (noise(BATCH.c * k * k), noise(BATCH.c * BATCH.c));
     let mut small: [Vec<f32>; 4] = std::array::from_fn(|_| noise(BATCH.c));
     bencher.counter(flops(&geometry(k))).bench_local(|| {
         let [a, b, c, d] = small.each_mut().map(|small| &mut small[..]);
         let gradients = XUnitGradients {
             x: &mut gx,
-            pointwise: unit.pointwise.map(|_| PointwiseGradients {
-                p: &mut gp,
-                weight: &mut gpointwise,
-                bias: None,
-            }),
+            pointwise: unit
+                .pointwise
+                .map(|_| PointwiseGradients { weight: &mut gpointwise, bias: None }),
             weight: &mut gweight,
             bias: None,
             norm1: unit.norm1.map(|_| (a, b)),

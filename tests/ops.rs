@@ -394,11 +394,8 @@ fn large_results_are_the_same_past_the_caches() {
             let (mut gw, mut gb) = (nan(c * c), nan(c));
             let gradients = ops::XUnitGradients {
                 x: out.get(),
-                pointwise: dense.then(|| ops::PointwiseGradients {
-                    p: p.get(),
-                    weight: &mut gw,
-                    bias: Some(&mut gb),
-                }),
+                pointwise: dense
+                    .then(|| ops::PointwiseGradients { weight: &mut gw, bias: Some(&mut gb) }),
                 weight: &mut weight,
                 bias: Some(&mut bias),
                 norm1: (variant != Variant::Slim).then_some((&mut w1[..], &mut b1[..])),

@@ -60,13 +60,13 @@ def test_xunits_are_bit_identical(variant, gate, dtype):
     which = [variant != "slim", True]
     results = []
     for threads in THREADS:
-        out, d, p, gx, gp = (np.full_like(x, np.nan) for _ in range(5))
+        out, d, p, gx = (np.full_like(x, np.nan) for _ in range(4))
         stats = [tuple(np.full(c, np.nan) for _ in range(2)) for _ in which]
         norms = [
             (*affine, *found, 1e-5, True, None) if there else None
             for there, found in zip(which, stats, strict=True)
         ]
-        p, gp = (p, gp) if dense else (None, None)
+        p = p if dense else None
         _core.xunit_forward(variant, gate, x, *pw, weight, bias, *norms, out, d, p, False, threads)
         grads = [np.full_like(t, np.nan) if t is not None else None for t in (*pw, weight, bias)]
         pairs = [tuple(np.full(c, np.nan, dtype) for _ in range(2)) for _ in which]
@@ -75,7 +75,7 @@ def test_xunits_are_bit_identical(variant, gate, dtype):
             for there, found, pair in zip(which, stats, pairs, strict=True)
         ]
         _core.xunit_backward(
-            variant, gate, grad, x, d, p, pw[0], weight, *used, gx, gp, *grads, False, threads
+            variant, gate, grad, x, d, p, pw[0], weight, *used, gx, *grads, False, threads
         )
         found = [t for there, *pair in zip(which, stats, pairs, strict=True) if there for t in pair]
         results.append((out, d, p, gx, *grads, *(t for pair in found for t in pair)))

@@ -628,7 +628,6 @@ def _unit_backward(
         affine = (_optional(inputs[5 + 2 * i], dtype), _optional(inputs[6 + 2 * i], dtype))
         norms.append((*affine, mean, var, bn.eps, bn.mean is None, *map(_to_write, pair)))
         grads += pair
-    gp = _empty(x, dtype) if p is not None else None
     _core.xunit_backward(
         call.variant,
         call.gate,
@@ -641,7 +640,6 @@ def _unit_backward(
         norms[0],
         norms[1],
         _to_write(_in_order(grads[0], last)),
-        _to_write(gp),
         _to_write(grads[1]),
         _to_write(grads[2]),
         _to_write(grads[3]),

@@ -97,7 +97,6 @@ def xunit_backward(
     bn1: _BackwardNorm | None,
     bn2: _BackwardNorm | None,
     gx: _Array,
-    gp: _Array | None,
     gpw_weight: _Array | None,
     gpw_bias: _Array | None,
     gweight: _Array,

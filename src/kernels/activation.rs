@@ -267,7 +267,8 @@ pub struct GateGradient<'a, T> {
     pub x: &'a [T],
     pub d: &'a [T],
     pub affine: Affine<T>,
-    pub direct: Target<'a, T>,
+    /// `None`: not wanted.
+    pub direct: Option<Target<'a, T>>,
     pub e: &'a mut [T],
 }
 
@@ -277,9 +278,10 @@ impl<T: Scalar> Kernel<T> for GateGradient<'_, T> {
     #[inline(always)]
     fn run<S: Simd<T>>(self, simd: S) -> (f64, f64) {
         let GateGradient { gate, grad, x, d, affine, mut direct, e } = self;
-        let lens = [grad.len(), x.len(), d.len(), direct.slice.len()];
+        let direct_len = direct.as_ref().map_or(e.len(), |direct| direct.slice.len());
+        let lens = [grad.len(), x.len(), d.len(), direct_len];
         assert!(lens.iter().all(|&len| len == e.len()));
-        let stream = direct.streams(simd);
+        let stream = direct.as_ref().is_some_and(|direct| direct.streams(simd));
         let zero = simd.splat(T::ZERO);
         let (mut first, mut second) = (0.0, 0.0);
         let (mut a, mut b) = (zero, zero);
@@ -291,7 +293,9 @@ impl<T: Scalar> Kernel<T> for GateGradient<'_, T> {
                 let u = affine.apply(simd, d);
                 let value = gate.value(simd, u);
                 let grad = load(simd, grad, at, n);
-                put(simd, simd.mul(grad, value), &mut direct, at, n, stream);
+                if let Some(direct) = &mut direct {
+                    put(simd, simd.mul(grad, value), direct, at, n, stream);
+                }
                 let slope = gate.slope(simd, u, value);
                 let v = simd.mul(simd.mul(grad, load(simd, x, at, n)), slope);
                 store(simd, v, e, at, n);
@@ -305,6 +309,37 @@ impl<T: Scalar> Kernel<T> for GateGradient<'_, T> {
             }
         );
         (first, second)
+    }
+}
+
+/// Moves what is in `out` to `moved` and writes the gradient past the gate there, grad · g(u), with u the affine
+/// map of d.
+pub struct PastGate<'a, T> {
+    pub gate: Gate,
+    pub grad: &'a [T],
+    pub d: &'a [T],
+    pub affine: Affine<T>,
+    pub out: &'a mut [T],
+    pub moved: &'a mut [T],
+    /// Where the next call will read as much, of `grad`, `d` and `out`: asked for meanwhile.
+    pub next: [*const T; 3],
+}
+
+impl<T: Scalar> Kernel<T> for PastGate<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(self, simd: S) {
+        let PastGate { gate, grad, d, affine, out, moved, next } = self;
+        assert!([grad.len(), d.len(), moved.len()].iter().all(|&len| len == out.len()));
+        each_vector!(simd, out.len(), |at, n| {
+            for next in next {
+                simd.prefetch(next.wrapping_add(at));
+            }
+            let value = gate.value(simd, affine.apply(simd, load(simd, d, at, n)));
+            store(simd, load(simd, out, at, n), moved, at, n);
+            store(simd, simd.mul(load(simd, grad, at, n), value), out, at, n);
+        });
     }
 }
 

@@ -14,6 +14,8 @@
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
+use std::hint::black_box;
+
 use super::MAX_LANES;
 use super::minimal::{self, Filter};
 use crate::memory::Line;
@@ -33,6 +35,8 @@ const MAX_TILES: usize = 6;
 pub struct Taps<T> {
     /// kh × kw, each of `block` channels.
     plain: Vec<T>,
+    /// kw × kh, each of `block` channels.
+    columns: Vec<T>,
     kernel: (usize, usize),
     block: usize,
     /// (points, kw, groups, block) of [`minimal`] filtering down the columns; none where the sums are
@@ -44,9 +48,8 @@ impl<T: Scalar> Taps<T> {
     /// `taps` are kh × kw for each of `block` channels, which lie next to each other; `rows` are those
     /// of the planes: rows are filtered where that is faster.
     pub fn new(taps: Vec<T>, kernel: (usize, usize), block: usize, rows: usize) -> Self {
-        // Two units for multiplication take less time for 7 rows of plain sums than for filtering: forward of
-        // 16 × 64 × 64 × 64 0.83 and 64 × 256 × 256 0.89 times (Xeon), in the cache 0.97 and 0.86 times.
-        let plain = kernel.0 == 7 && simd::has_large_second_level_cache();
+        // Two units for multiplication take less time for 7 and 9 rows of plain sums than for filtering.
+        let plain = matches!(kernel.0, 7 | 9) && simd::has_large_second_level_cache();
         let filter = Filter::of(kernel.0);
         Self::with(taps, kernel, block, filter.filter(|of| !plain && rows >= 2 * of.tile))
     }
@@ -62,7 +65,10 @@ impl<T: Scalar> Taps<T> {
         let minimal = filter
             .filter(|_| T::FILTERED)
             .map(|filter| (minimal::transform_taps(&taps, (kh, kw), filter, block), filter));
-        Self { plain: taps, kernel: (kh, kw), block, minimal }
+        let of_column =
+            |j| (0..kh).flat_map(move |i| (i * kw + j) * block..(i * kw + j + 1) * block);
+        let columns = (0..kw).flat_map(of_column).map(|at| taps[at]).collect();
+        Self { plain: taps, columns, kernel: (kh, kw), block, minimal }
     }
 
     /// The elements that a [`Forward`] of so many rows of outputs needs.
@@ -123,12 +129,175 @@ impl<T: Scalar> Kernel<T> for Forward<'_, T> {
         // Code for a 3 × 3 kernel is 1.05 times (AVX-512) to 1.4 times (AVX2) as fast as the loop over
         // taps; for 7 × 7 and 9 × 9 the loop is 1.3 to 1.6 times as fast as unrolled code, which
         // spills (divan bench depthwise_forward, Zen 5).
+        if const { S::TILE_VECTORS == 4 } && self.out.len() / self.ow + 1 >= self.taps.kernel.0 {
+            macro_rules! strips {
+                ($($rows:literal)+) => {
+                    match (self.taps.kernel.0, self.taps.block) {
+                        $(($rows, 1) => return strips::<T, S, $rows, false>(simd, self),
+                        ($rows, _) => return strips::<T, S, $rows, true>(simd, self),)+
+                        _ => {}
+                    }
+                };
+            }
+            strips! { 3 5 7 9 11 }
+        }
         match (self.taps.kernel, self.taps.block) {
             ((3, 3), 1) => forward::<T, S, 3, false>(simd, self),
             (_, 1) => forward::<T, S, 0, false>(simd, self),
             ((3, 3), _) => forward::<T, S, 3, true>(simd, self),
             _ => forward::<T, S, 0, true>(simd, self),
         }
+    }
+}
+
+/// The most vectors of a strip, of kernels of so many rows: as 32 registers hold with their operands.
+const fn widest(rows: usize) -> usize {
+    match rows {
+        3 | 5 => 4,
+        7 | 9 => 3,
+        _ => 2,
+    }
+}
+
+/// Strips of kernels of K rows, down all outputs.
+#[inline(always)]
+fn strips<T: Scalar, S: Simd<T>, const K: usize, const BLOCK: bool>(simd: S, job: Forward<'_, T>) {
+    let (_, kw) = job.taps.kernel;
+    let (ow, lanes) = (job.ow, simd.lanes());
+    let oh = job.rows::<S, BLOCK>(simd);
+    assert!(job.taps.kernel.0 == K && oh + 1 >= K);
+    assert!(job.taps.columns.len() == job.taps.plain.len());
+    let vectors = ow.div_ceil(lanes);
+    let count = vectors.div_ceil(widest(K));
+    let mut next = Ahead::new(job.next, count * oh);
+    let mut x = 0;
+    for t in 0..count {
+        let wide = (vectors - x / lanes).div_ceil(count - t);
+        let last = (ow - x - (wide - 1) * lanes).min(lanes);
+        // SAFETY: as in `forward`, of a tile of all rows.
+        unsafe {
+            let strip = Strip::<T, K, BLOCK> {
+                input: job.input.as_ptr().add(x),
+                ld: job.ld,
+                taps: job.taps.columns.as_ptr(),
+                // The loop over columns of taps is faster than unrolled code, which fills the cache of decoded
+                // instructions.
+                kw: black_box(kw),
+                bias: job.bias.as_ptr(),
+                out: job.out.as_mut_ptr().add(x),
+                ow,
+                oh,
+                last,
+            };
+            match wide {
+                4 if const { widest(K) >= 4 } => strip.run::<S, 4>(simd, &mut next),
+                3 if const { widest(K) >= 3 } => strip.run::<S, 3>(simd, &mut next),
+                2 => strip.run::<S, 2>(simd, &mut next),
+                _ => strip.run::<S, 1>(simd, &mut next),
+            }
+        }
+        x += wide * lanes;
+    }
+}
+
+/// A strip of vectors; K and BLOCK as in [`strips`].
+struct Strip<T, const K: usize, const BLOCK: bool> {
+    input: *const T,
+    ld: usize,
+    /// (kw, K), each of the channels of a block.
+    taps: *const T,
+    kw: usize,
+    bias: *const T,
+    out: *mut T,
+    ow: usize,
+    oh: usize,
+    /// Outputs of the last vector of a row.
+    last: usize,
+}
+
+impl<T: Scalar, const K: usize, const BLOCK: bool> Strip<T, K, BLOCK> {
+    /// All rows of C vectors. Every row of inputs is read once: it is row i of the taps of the output row
+    /// i rows above it, for all i, whose sums are in registers.
+    ///
+    /// # Safety
+    /// Inputs, taps and outputs must be in reach, as [`strips`] says, which are K − 1 rows or more.
+    #[inline(always)]
+    unsafe fn run<S: Simd<T>, const C: usize>(&self, simd: S, next: &mut Ahead<T>) {
+        // SAFETY: there is a bias for each channel.
+        let bias = unsafe { of_channel::<T, S, BLOCK>(simd, self.bias, 0) };
+        // Of the output row whose next row of taps is i.
+        let mut acc = [[bias; C]; K];
+        let (mut input, mut out) = (self.input, self.out);
+        // No branch comes after the sums: the compiler would put off what only the next row needs, and keep
+        // all taps and inputs for it.
+        macro_rules! row {
+            ($low:expr, $high:expr) => {
+                if $high == K {
+                    next.ask(simd, 1);
+                }
+                acc = self.taps::<S, C>(simd, acc, input, $low, $high);
+                if $high == K {
+                    for c in 0..C - 1 {
+                        simd.store(acc[K - 1][c], out.add(c * simd.lanes()));
+                    }
+                    simd.store_first(acc[K - 1][C - 1], out.add((C - 1) * simd.lanes()), self.last);
+                    out = out.wrapping_add(self.ow);
+                }
+                for i in (1..K).rev() {
+                    acc[i] = acc[i - 1];
+                }
+                acc[0] = [bias; C];
+                input = input.wrapping_add(self.ld);
+            };
+        }
+        macro_rules! rows {
+            (above $($n:literal)+) => { $(if K > $n { row!(0, $n); })+ };
+            (below $($n:literal)+) => { $(if K > $n { row!($n, K); })+ };
+        }
+        // SAFETY: rows 0..oh + K − 1 of the input, of which row y meets the taps i where 0 ≤ y − i < oh.
+        unsafe {
+            rows!(above 1 2 3 4 5 6 7 8 9 10);
+            for _ in K - 1..self.oh {
+                row!(0, K);
+            }
+            rows!(below 1 2 3 4 5 6 7 8 9 10);
+        }
+        let _ = (acc, input, out);
+    }
+
+    /// Adds a row of inputs times the rows low..high of taps.
+    ///
+    /// # Safety
+    /// As [`Strip::run`], with the row in reach.
+    #[inline(always)]
+    unsafe fn taps<S: Simd<T>, const C: usize>(
+        &self,
+        simd: S,
+        mut acc: [[S::V; C]; K],
+        input: *const T,
+        low: usize,
+        high: usize,
+    ) -> [[S::V; C]; K] {
+        let block = if BLOCK { simd.lanes() } else { 1 };
+        for j in 0..self.kw {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let mut v = [simd.splat(T::ZERO); C];
+                for (c, v) in v.iter_mut().enumerate() {
+                    *v = simd.load(input.add(j * block + c * simd.lanes()));
+                }
+                for (i, acc) in acc.iter_mut().enumerate() {
+                    if i < low || i >= high {
+                        continue;
+                    }
+                    let w = of_channel::<T, S, BLOCK>(simd, self.taps, j * K + i);
+                    for (acc, &v) in acc.iter_mut().zip(&v) {
+                        *acc = simd.fma(w, v, *acc);
+                    }
+                }
+            }
+        }
+        acc
     }
 }
 

@@ -3,10 +3,11 @@
 
 use std::ops::Range;
 
-use super::Planes;
 use super::groups::Layout;
 use super::scratch::Scratch;
+use super::{Planes, Source, plane};
 use crate::kernels::MAX_LANES;
+use crate::kernels::activation::{self, Affine, Apply, Gate, Target};
 use crate::kernels::product::{Columns, Inner, Packed, Rows, RowsMut, Start};
 use crate::kernels::transpose::Transpose;
 use crate::parallel::{self, Threads};
@@ -90,29 +91,30 @@ impl Panels {
         Rows::new(copy, self.batch.c, self.ld(i), self.pixels(i).1.len())
     }
 
-    /// Lets `change` see panel i of a tensor in channels_last as rows, by way of `copy`.
+    /// The pixels of panel i of a tensor in channels_last, all channels.
     ///
     /// # Safety
-    /// No other reference to the same pixels may live.
-    unsafe fn exchange<T: Scalar>(
-        &self,
-        tensor: &Planes<'_, T>,
-        i: usize,
-        copy: &mut [T],
-        change: impl FnOnce(RowsMut<'_, T>),
-    ) {
-        let Batch { c, .. } = self.batch;
+    /// No other reference to them may live.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn pixels_mut<'a, T>(&self, tensor: &'a Planes<'_, T>, i: usize) -> &'a mut [T] {
         let (n, pixels) = self.pixels(i);
-        let (count, ld) = (pixels.len(), self.ld(i));
+        let c = self.batch.c;
         // SAFETY: these pixels are inside image n; the caller vouches for the rest.
-        let to = unsafe {
-            std::slice::from_raw_parts_mut(tensor.image(n).add(pixels.start * c), count * c)
-        };
-        simd::dispatch(Transpose::gather((&*to, c), (&mut *copy, ld), count, c));
-        change(RowsMut::new(copy, c, ld, count));
-        // SAFETY: all channels of pixels that are borrowed here.
-        simd::dispatch(unsafe { Transpose::scatter((copy, ld), (to.as_mut_ptr(), c), count, c) });
+        unsafe {
+            let first = tensor.image(n).add(pixels.start * c);
+            std::slice::from_raw_parts_mut(first, pixels.len() * c)
+        }
     }
+}
+
+/// What goes past the gate to x: grad · g(d).
+pub(super) struct PastGate<'a, T> {
+    pub gate: Gate,
+    /// As x lies.
+    pub grad: &'a [T],
+    pub d: Source<'a, T>,
+    /// Of each channel.
+    pub affine: Vec<Affine<T>>,
 }
 
 impl<T: Scalar> Pointwise<'_, T> {
@@ -140,15 +142,15 @@ impl<T: Scalar> Pointwise<'_, T> {
         });
     }
 
-    /// Adds weightᵀ · gp to gx and writes the weight's gradient Σₙ gp\[n\] · x\[n\]ᵀ; x and gx lie as
-    /// `layout` says, gp in planes.
+    /// gx, which holds the gradient at p, becomes that at x, weightᵀ · gp and what goes past the gate; writes
+    /// the weight's gradient Σₙ gp\[n\] · x\[n\]ᵀ. x and gx lie as `layout` says.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn backward(
         &self,
         batch: Batch,
         layout: Layout,
-        gp: &[T],
         x: &[T],
+        past: &PastGate<'_, T>,
         gx: &mut [T],
         gweight: &mut [T],
         threads: Threads,
@@ -164,20 +166,61 @@ impl<T: Scalar> Pointwise<'_, T> {
             // SAFETY: this task alone names its part and the panels i ≡ part.
             let sum = unsafe { sum_planes.plane(part, 0) };
             for i in (part..panels.len()).step_by(parts) {
-                let a = panels.rows(gp, i);
-                let columns = |c: RowsMut<'_, T>| {
-                    simd::dispatch(Columns { a: &weight, b: a, start: Start::Sum, c });
+                let ((n, pixels), ld) = (panels.pixels(i), panels.ld(i));
+                let gate = |c: usize, grad: &[T], out: &mut [T]| {
+                    let (gate, affine) = (past.gate, past.affine[c]);
+                    let d = &past.d.plane(n, c)[pixels.clone()];
+                    simd::dispatch(Apply { gate, x: grad, d, affine, out: Target::new(out) });
                 };
+                let mut gp = Scratch::new(c * ld);
                 if layout == Layout::Planes {
-                    simd::dispatch(Inner { a, b: panels.rows(x, i), sum: &mut *sum });
                     // SAFETY: as above.
-                    columns(unsafe { panels.rows_mut(&gx, i) });
+                    let own = |c| unsafe { &mut gx.plane(n, c)[pixels.clone()] };
+                    for (c, gp) in gp.chunks_exact_mut(ld).enumerate() {
+                        let grad = &plane(past.grad, batch, n, c)[pixels.clone()];
+                        let d = &past.d.plane(n, c)[pixels.clone()];
+                        let out = own(c);
+                        let next = [grad.as_ptr(), d.as_ptr(), out.as_ptr()]
+                            .map(|ptr| ptr.wrapping_add(batch.plane()));
+                        let (gate, affine) = (past.gate, past.affine[c]);
+                        let moved = &mut gp[..pixels.len()];
+                        simd::dispatch(activation::PastGate {
+                            gate,
+                            grad,
+                            d,
+                            affine,
+                            out,
+                            moved,
+                            next,
+                        });
+                    }
+                    let gp = panels.rows_of_copy(&gp, i);
+                    simd::dispatch(Inner { a: gp, b: panels.rows(x, i), sum: &mut *sum });
+                    // SAFETY: as above.
+                    let c = unsafe { panels.rows_mut(&gx, i) };
+                    simd::dispatch(Columns { a: &weight, b: gp, start: Start::Sum, c });
                     continue;
                 }
-                let mut copy = panels.gather(x, i);
-                simd::dispatch(Inner { a, b: panels.rows_of_copy(&copy, i), sum: &mut *sum });
                 // SAFETY: as above.
-                unsafe { panels.exchange(&gx, i, &mut copy, columns) };
+                let to = unsafe { panels.pixels_mut(&gx, i) };
+                let from = (&*to, c);
+                simd::dispatch(Transpose::gather(from, (&mut gp, ld), pixels.len(), c));
+                let mut copy = panels.gather(x, i);
+                let gp = panels.rows_of_copy(&gp, i);
+                simd::dispatch(Inner { a: gp, b: panels.rows_of_copy(&copy, i), sum: &mut *sum });
+                // x has been read: its copy takes the gradient.
+                let grad = panels.gather(past.grad, i);
+                let rows = grad.chunks_exact(ld).zip(copy.chunks_exact_mut(ld));
+                for (c, (grad, out)) in rows.enumerate() {
+                    gate(c, &grad[..pixels.len()], &mut out[..pixels.len()]);
+                }
+                let of_copy = RowsMut::new(&mut copy, c, ld, pixels.len());
+                simd::dispatch(Columns { a: &weight, b: gp, start: Start::Sum, c: of_copy });
+                // SAFETY: all channels of pixels that are borrowed here.
+                let job = unsafe {
+                    Transpose::scatter((&copy, ld), (to.as_mut_ptr(), c), pixels.len(), c)
+                };
+                simd::dispatch(job);
             }
         });
         for (at, to) in gweight.iter_mut().enumerate() {

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::dense;
 use super::groups::{self, Groups, Layout};
-use super::pointwise::Pointwise;
+use super::pointwise::{PastGate, Pointwise};
 use super::scratch::{Scratch, Window};
 use super::{Planes, Source, expect_len, optional_len, turned};
 use crate::kernels::activation::{
@@ -129,10 +129,9 @@ pub struct XUnitGradients<'a, T> {
     pub norm2: Option<(&'a mut [T], &'a mut [T])>,
 }
 
-/// The gradients of the 1×1 convolution, and the one to its output, which is made on the way.
+/// The gradients of the 1×1 convolution.
 #[derive(Debug)]
 pub struct PointwiseGradients<'a, T> {
-    pub p: &'a mut [T],
     pub weight: &'a mut [T],
     pub bias: Option<&'a mut [T]>,
 }
@@ -433,7 +432,7 @@ pub fn xunit_backward<T: Scalar>(
     expect_len("d", d, batch.size())?;
     optional_len("p", p, batch.size())?;
     check_gradients(unit, batch, p, &gradients)?;
-    let XUnitGradients { x: gx, mut pointwise, weight: gweight, bias, norm1, norm2 } = gradients;
+    let XUnitGradients { x: gx, pointwise, weight: gweight, bias, norm1, norm2 } = gradients;
     let taps = unit.kernel * unit.kernel;
     let threads = threads.for_work(batch.size() * (taps + POINTWISE_WORK));
 
@@ -443,14 +442,8 @@ pub fn xunit_backward<T: Scalar>(
     let mut sums = vec![0.0; batch.c * width];
     let gx_planes = Planes::result(&mut *gx, batch);
     let sum_planes = Planes::new(&mut sums, Batch { n: 1, c: batch.c, h: 1, w: width });
-    let gp = pointwise.as_mut().map(|pointwise| Planes::result(&mut *pointwise.p, batch));
-    let task = Backward {
-        unit,
-        geometry,
-        d: Source::new(d, batch),
-        p: p.map(|p| Source::new(p, batch)),
-        gp,
-    };
+    let task =
+        Backward { unit, geometry, d: Source::new(d, batch), p: p.map(|p| Source::new(p, batch)) };
     let each_channel = |grad: &[T], x: &[T], gx: &Planes<'_, T>| {
         let (grad, x) = (Source::new(grad, batch), Source::new(x, batch));
         parallel::for_each(threads, batch.c, |c| {
@@ -504,7 +497,10 @@ pub fn xunit_backward<T: Scalar>(
         if let Some(bias) = gradients.bias {
             column(taps + 5, factor(&unit.norm1), bias);
         }
-        pointwise.backward(batch, layout, gradients.p, x, gx, gradients.weight, threads);
+        let affine = |c| Channel::given(unit.norm2.as_ref(), c).affine;
+        let (d, affine) = (Source::new(d, batch), (0..batch.c).map(affine).collect());
+        let past = PastGate { gate: unit.gate, grad, d, affine };
+        pointwise.backward(batch, layout, x, &past, gx, gradients.weight, threads);
     }
     Ok(())
 }
@@ -515,15 +511,14 @@ struct Backward<'a, T> {
     geometry: Geometry,
     d: Source<'a, T>,
     p: Option<Source<'a, T>>,
-    gp: Option<Planes<'a, T>>,
 }
 
 impl<T: Scalar> Backward<'_, T> {
-    /// All planes of channel c, from grad to gx (dense: what goes past the gate, and gp); leaves the
+    /// All planes of channel c, from grad to gx (dense: to the gradient at p, in its place); leaves the
     /// gradients of the taps, and those that [`xunit_backward`] lists, in `sums`.
     ///
     /// # Safety
-    /// No other task may name the channel of gx and gp meanwhile.
+    /// No other task may name the channel of gx meanwhile.
     unsafe fn channel(
         &self,
         c: usize,
@@ -532,7 +527,7 @@ impl<T: Scalar> Backward<'_, T> {
         gx: &Planes<'_, T>,
         sums: &mut [f64],
     ) {
-        let Self { unit, geometry, d, p, gp } = self;
+        let Self { unit, geometry, d, p } = self;
         let (batch, k, taps) = (geometry.input, unit.kernel, unit.kernel * unit.kernel);
         let count = (batch.n * batch.plane()) as f64;
         let (waits1, waits2) = (is_training(&unit.norm1), is_training(&unit.norm2));
@@ -543,11 +538,12 @@ impl<T: Scalar> Backward<'_, T> {
         let weight = turned(&unit.weight[c * taps..][..taps]);
         let weight = conv::Taps::new(weight, (k, k), 1, batch.h);
         // The gradients on their way to u and, past the gate, to x, where they are added up: of one image, or
-        // of all. Those of the dense unit meet in the pointwise convolution.
+        // of all. The dense unit's go past its pointwise convolution, which adds them.
+        let dense = p.is_some();
         let size = batch.plane();
         let images = if waits1 || waits2 { batch.n } else { 1 };
         let mut on_its_way = Scratch::new(images * size);
-        let mut direct = Scratch::new(if gp.is_some() { 0 } else { images * size });
+        let mut direct = Scratch::new(if dense { 0 } else { images * size });
         let at = |n: usize| n.min(images - 1) * size..(n.min(images - 1) + 1) * size;
         let gate_gradient = |n: usize, sum: &mut [f64], e: &mut [T], direct: &mut [T]| {
             let (bias, scale) = simd::dispatch(GateGradient {
@@ -556,17 +552,13 @@ impl<T: Scalar> Backward<'_, T> {
                 x: x.plane(n, c),
                 d: d.plane(n, c),
                 affine: second.affine,
-                direct: match gp {
-                    // SAFETY: this task alone names channel c.
-                    Some(_) => unsafe { gx.target(n, c, 0..size) },
-                    None => Target::new(direct),
-                },
+                direct: (!dense).then(|| Target::new(direct)),
                 e,
             });
             sum[4] += bias;
             sum[3] += scale;
         };
-        let direct_at = |n: usize| if gp.is_some() { 0..0 } else { at(n) };
+        let direct_at = |n: usize| if dense { 0..0 } else { at(n) };
         if waits2 {
             for n in 0..batch.n {
                 gate_gradient(n, sum, &mut on_its_way[at(n)], &mut direct[direct_at(n)]);
@@ -580,7 +572,7 @@ impl<T: Scalar> Backward<'_, T> {
             let direct = direct.get(at(n)).map(|direct| &direct[pixels.clone()]);
             let x = &u.plane(n, c)[pixels.clone()];
             // SAFETY: this task alone names channel c.
-            let out = unsafe { gp.as_ref().unwrap_or(gx).target(n, c, pixels) };
+            let out = unsafe { gx.target(n, c, pixels) };
             simd::dispatch(Finish { norm, x, grad: gu, direct, out })
         };
         let mut input = Window::new(geometry);
@@ -689,12 +681,11 @@ fn check_gradients<T>(
     let XUnitGradients { x, pointwise, weight, bias, norm1, norm2 } = gradients;
     if [p.is_some(), pointwise.is_some()] != [unit.pointwise.is_some(); 2] {
         return Err(shape_error!(
-            "p, the pointwise output, and its gradients are for the dense unit and needed there"
+            "p, the pointwise output, and gradients of its convolution are for the dense unit and needed there"
         ));
     }
     expect_len("x's gradient", x, batch.size())?;
-    if let Some(PointwiseGradients { p, weight, bias }) = pointwise {
-        expect_len("p's gradient", p, batch.size())?;
+    if let Some(PointwiseGradients { weight, bias }) = pointwise {
         expect_len("pointwise weight's gradient", weight, c * c)?;
         optional_len("pointwise bias's gradient", bias.as_deref(), c)?;
     }

@@ -381,12 +381,12 @@ fn unit<'a, T: Number>(
 /// and pw_bias, and those of the batch norms.
 ///
 /// bn1, bn2: None or (weight or None, bias or None, mean, var, eps, batch, gradient of weight, of
-/// bias), with the statistics that forward used. gp: for the gradient at p on its way, "dense" only.
+/// bias), with the statistics that forward used.
 /// channels_last: grad, x and gx have shape (N, H, W, C).
 #[pyfunction]
 #[pyo3(signature = (
-    variant, gate, grad, x, d, p, pw_weight, weight, bn1, bn2, gx, gp, gpw_weight, gpw_bias, gweight,
-    gbias, channels_last, threads
+    variant, gate, grad, x, d, p, pw_weight, weight, bn1, bn2, gx, gpw_weight, gpw_bias, gweight, gbias,
+    channels_last, threads
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn xunit_backward<'py>(
@@ -401,7 +401,6 @@ pub fn xunit_backward<'py>(
     bn1: Option<BackwardNorm<'py>>,
     bn2: Option<BackwardNorm<'py>>,
     gx: &Array<'py>,
-    gp: Option<&Array<'py>>,
     gpw_weight: Option<&Array<'py>>,
     gpw_bias: Option<&Array<'py>>,
     gweight: &Array<'py>,
@@ -411,7 +410,7 @@ pub fn xunit_backward<'py>(
 ) -> PyResult<()> {
     let kind = (variant_of(variant)?, gate_of(gate)?);
     let saved = [Some(grad), Some(d), p];
-    let gradients = [Some(gx), gp, gpw_weight, gpw_bias, Some(gweight), gbias];
+    let gradients = [Some(gx), gpw_weight, gpw_bias, Some(gweight), gbias];
     by_dtype!(
         x,
         backward(
@@ -432,7 +431,7 @@ fn backward<'py, T: Number>(
     [grad, d, p]: [Option<&Array<'py>>; 3],
     [pw_weight, weight]: [Option<&Array<'py>>; 2],
     [bn1, bn2]: [Option<BackwardNorm<'py>>; 2],
-    [gx, gp, gpw_weight, gpw_bias, gweight, gbias]: [Option<&Array<'py>>; 6],
+    [gx, gpw_weight, gpw_bias, gweight, gbias]: [Option<&Array<'py>>; 5],
     (layout, threads): (Layout, usize),
 ) -> PyResult<()> {
     let py = x.py();
@@ -452,7 +451,6 @@ fn backward<'py, T: Number>(
     let shape_of = |view: &Io<'_, T>| view.as_ref().map_or(vec![], |view| view.shape().to_vec());
     let outputs = [
         View::written("gx", gx, x.shape())?,
-        View::written("gp", gp, &planes)?,
         View::written("gpw_weight", gpw_weight, &shape_of(&pw_weight))?,
         View::written("gpw_bias", gpw_bias, &[c])?,
         View::written("gweight", gweight, &shape_of(&weight))?,
@@ -474,14 +472,11 @@ fn backward<'py, T: Number>(
     let [norm1, norm2] = &norms;
     // SAFETY: checked to be disjoint, and each taken once.
     let gradients = unsafe {
-        let [gx, gp, gpw_weight, gpw_bias, gweight, gbias] =
+        let [gx, gpw_weight, gpw_bias, gweight, gbias] =
             outputs.each_ref().map(|view| view.as_ref().map(|view| view.slice_mut()));
         XUnitGradients {
             x: gx.unwrap_or_default(),
-            pointwise: match (gp, gpw_weight) {
-                (Some(p), Some(weight)) => Some(PointwiseGradients { p, weight, bias: gpw_bias }),
-                _ => None,
-            },
+            pointwise: gpw_weight.map(|weight| PointwiseGradients { weight, bias: gpw_bias }),
             weight: gweight.unwrap_or_default(),
             bias: gbias,
             norm1: norm1.as_ref().and_then(|norm| norm.gradients()),

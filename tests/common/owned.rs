@@ -107,7 +107,6 @@ pub fn xunit_backward_in<T: Scalar>(
     let c = batch.c;
     let biased = unit.pointwise.is_some_and(|pointwise| pointwise.bias.is_some());
     let pair = |there: bool| there.then(|| (nan::<T>(c), nan::<T>(c)));
-    let mut p = nan(batch.size());
     let mut done = XUnitGradients {
         x: nan(batch.size()),
         pointwise_weight: unit.pointwise.map(|_| nan(c * c)),
@@ -119,11 +118,10 @@ pub fn xunit_backward_in<T: Scalar>(
     };
     let gradients = ops::XUnitGradients {
         x: &mut done.x,
-        pointwise: done.pointwise_weight.as_deref_mut().map(|weight| PointwiseGradients {
-            p: &mut p,
-            weight,
-            bias: done.pointwise_bias.as_deref_mut(),
-        }),
+        pointwise: done
+            .pointwise_weight
+            .as_deref_mut()
+            .map(|weight| PointwiseGradients { weight, bias: done.pointwise_bias.as_deref_mut() }),
         weight: &mut done.weight,
         bias: Some(&mut done.bias),
         norm1: done.norm1.as_mut().map(|(weight, bias)| (&mut weight[..], &mut bias[..])),
