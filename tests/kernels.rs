@@ -80,6 +80,10 @@ fn convolution() {
                 convolution_of(kh, kw, h, w, false);
             }
             convolution_of(kh, kw, 5, w, true);
+            // Several blocks of rows, whose sums are added up one after the other.
+            if kh == kw && matches!(kh, 5 | 7 | 9 | 11) && w % 16 == 5 {
+                convolution_of(kh, kw, 62 + w, w, w > 40);
+            }
             // Those that minimal filtering computes: every count of tiles of the register tiles.
             if matches!(kh, 7 | 9 | 11) {
                 convolution_of(kh, kw, 6 + w % 19, w, false);
