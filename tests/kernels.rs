@@ -7,7 +7,7 @@ use common::owned::{depthwise_backward, depthwise_forward};
 use common::{Noise, cast, close, close_beside, flat, nan, on_every_isa, same_bits, spread};
 use ndarray::{Array1, Array3, Array4, ArrayView2, s};
 use xunit_rs::kernels::activation::{
-    Affine, Apply, CopyOut, Fill, FillGradient, Finish, Gate, GateGradient, NormGradient,
+    Affine, Apply, CopyOut, Fill, FillGradient, Finish, Gate, GateGradient, NormGradient, PastGate,
     ReluGradient, Sums, Target,
 };
 use xunit_rs::kernels::minimal::Filter;
@@ -81,7 +81,7 @@ fn convolution() {
             }
             convolution_of(kh, kw, 5, w, true);
             // Several blocks of rows, whose sums are added up one after the other.
-            if kh == kw && matches!(kh, 5 | 7 | 9 | 11) && w % 16 == 5 {
+            if kw < 12 && matches!(kh, 5 | 7 | 9 | 11) && w % 16 == 5 {
                 convolution_of(kh, kw, 62 + w, w, w > 40);
             }
             // Those that minimal filtering computes: every count of tiles of the register tiles.
@@ -428,6 +428,12 @@ fn gates() {
             let bits = |(a, b): (f64, f64)| [a.to_bits(), b.to_bits()];
             assert_eq!(bits(of_alone), bits(sums), "sums of the gradient alone, {}", case());
             same_bits(&alone, &e, || format!("gradient alone, {}", case()));
+            let (mut out, mut moved) = (x.to_vec(), nan::<T>(x.len()));
+            let (next, to) = ([grad, d, x].map(|next| next.as_ptr_range().end), &mut moved);
+            let job = PastGate { gate, grad, d, affine, out: &mut out, moved: to, next };
+            T::dispatch(isa, job);
+            same_bits(&moved, x, || format!("moved, {}", case()));
+            same_bits(&out, &direct, || format!("past the gate alone, {}", case()));
             close(&direct, &want.direct, || format!("gradient past the gate, {}", case()));
             close(&e, &want.e, || format!("gradient, {}", case()));
             let sums = [T::from_f64(sums.0), T::from_f64(sums.1)];

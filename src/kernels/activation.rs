@@ -321,7 +321,7 @@ pub struct PastGate<'a, T> {
     pub affine: Affine<T>,
     pub out: &'a mut [T],
     pub moved: &'a mut [T],
-    /// Where the next call will read as much, of `grad`, `d` and `out`: asked for meanwhile.
+    /// Where the next call may read as much, of `grad`, `d` and `out`: asked for meanwhile. They may point anywhere.
     pub next: [*const T; 3],
 }
 

@@ -1,5 +1,5 @@
 //! Forward of the dense unit where no statistics are awaited and nothing is kept for backward: tile by
-//! tile, so that its pointwise output stays in the cache.
+//! tile, so that its pointwise output stays in a cache.
 
 use std::ops::Range;
 
@@ -14,16 +14,22 @@ use crate::parallel::{self, Threads};
 use crate::shape::{Batch, Conv, Geometry};
 use crate::simd::{self, Scalar};
 
-/// Bytes of x, of all channels, that a band asks for, and of its products, so that both stay in the second-level
-/// cache. From 400 KiB to 1 MiB times at 64, 40 and 56 columns are the same within 5 % (Xeon).
+/// Bytes of x, of all channels, that a band of short rows asks for, and of its products, so that both stay in the
+/// second-level cache. From 400 KiB to 1 MiB times at 64, 40 and 56 columns are the same within 5 % (Xeon).
 const BAND: usize = 640 << 10;
-/// Columns of a tile, where a plane has many more: the longer its rows, the better the hardware foresees what is
-/// read. Evaluation of 1 × 64 × 512 × 512, k = 7, takes 59 ms by 128, 58 by 256 and 53 by 512 (Xeon).
-const COLUMNS: usize = 512;
-/// Rows of a tile, in bands; what two bands share is kept, what two tiles share is made twice.
-const ROWS: usize = 128;
+/// The same of the lowest band of long rows: the longer they are, the better the hardware foresees what is read.
+/// Evaluation of 1 × 64 × 512 × 512, k = 7, takes 59 ms by 128 columns, 58 by 256 and 53 by 512 (Xeon).
+const LONG: usize = 5 << 19;
+/// The least columns of a tile, and the most.
+const COLUMNS: [usize; 2] = [64, 512];
 /// Rows of whole tiles of minimal filtering, of any kernel.
 const FILTERED: usize = 12;
+/// The least rows of a tile, and the most, in bands: what two bands share is kept, what two tiles share is made
+/// twice.
+const ROWS: [usize; 2] = [3 * FILTERED, 11 * FILTERED];
+/// Tiles that there should be, for threads to share. Their number does not depend on that of the threads, nor
+/// then does the result: minimal filtering is repeated by plain sums where a strip of a tile has an infinity.
+const TILES: usize = 16;
 
 /// How planes are cut into tiles, and these into bands.
 struct Tiles {
@@ -36,17 +42,21 @@ struct Tiles {
 
 impl Tiles {
     fn new<T>(batch: Batch, kernel: usize) -> Self {
-        let Batch { c, h, w, .. } = batch;
+        let Batch { n, c, h, w } = batch;
         let halo = kernel / 2;
-        let columns = match w > COLUMNS + COLUMNS / 2 {
-            true => w.div_ceil(w.div_ceil(COLUMNS)).next_multiple_of(MAX_LANES),
+        let column = (FILTERED + 2 * halo) * c * size_of::<T>();
+        let most = (LONG / column).clamp(COLUMNS[0], COLUMNS[1]);
+        let columns = match w > most + most / 2 {
+            true => w.div_ceil(w.div_ceil(most)).next_multiple_of(MAX_LANES),
             false => w,
         };
         let row = (columns + 2 * halo).min(w) * c * size_of::<T>();
         let most = (BAND / row).saturating_sub(2 * halo).max(FILTERED) / FILTERED * FILTERED;
         // All, if they are not many more.
         let band = if h * row <= BAND + BAND / 4 { h } else { most };
-        Self { batch, halo, columns, rows: ROWS.next_multiple_of(band), band }
+        let down = TILES.div_ceil(n * w.div_ceil(columns));
+        let rows = h.div_ceil(down).next_multiple_of(FILTERED).clamp(ROWS[0], ROWS[1]);
+        Self { batch, halo, columns, rows, band: band.min(rows) }
     }
 
     fn across(&self) -> usize {

@@ -14,12 +14,14 @@ use crate::parallel::{self, Threads};
 use crate::shape::{Batch, ShapeError, shape_error};
 use crate::simd;
 
-/// Rows and columns of a task: with what is around it, k = 9 and 64 channels, 850 KB of x. Rows are whole
-/// tiles of minimal filtering.
+/// Rows and columns of a band: with what is around it, k = 9 and 64 channels, 850 KB of x, and as much of what
+/// xUnitD makes of it. Rows are whole tiles of minimal filtering.
 const ROWS: usize = 24;
 const COLUMNS: usize = 96;
-/// Bands of as many rows of a task of xUnitD.
+/// The most bands of a task of xUnitD, below each other: what two of them read is mixed once.
 const BANDS: usize = 4;
+/// Tasks that there should be, for threads to share.
+const TASKS: usize = 16;
 
 /// What a channel's bias becomes in a convolution that `norm` is folded into.
 fn folded_bias(bias: Option<&[f32]>, c: usize, norm: Affine<f32>) -> f32 {
@@ -63,15 +65,15 @@ fn pointwise(unit: &XUnit<'_, f32>, pointwise: &Pointwise<'_, f32>, c: usize) ->
     MixWeights::new(&weight, bias, simd::selected_lanes::<f32>())
 }
 
-/// Some rows of an image in channels_last: of these columns and all channels.
-struct Rows {
+/// Some rows of relu(\[BN\] PW x) of an image in channels_last: of these columns and all channels.
+struct Mixed {
     data: Scratch<f32>,
     rows: Range<usize>,
     columns: Range<usize>,
     c: usize,
 }
 
-impl Rows {
+impl Mixed {
     /// Room for so many.
     fn new(rows: usize, columns: Range<usize>, c: usize) -> Self {
         Self { data: Scratch::new(rows * columns.len() * c), rows: 0..0, columns, c }
@@ -126,31 +128,34 @@ pub fn xunit_evaluate_channels_last(
         return Err(shape_error!("channels_last is for evaluation: batch norm needs statistics"));
     }
     let threads = threads.for_work(batch.size() * (unit.kernel * unit.kernel + POINTWISE_WORK));
-    let mixed = unit.pointwise.as_ref().map(|own| pointwise(unit, own, c));
+    let weights = unit.pointwise.as_ref().map(|own| pointwise(unit, own, c));
     let blocks: Vec<_> =
         (0..c).step_by(lanes).map(|c| block(unit, c, lanes).filtered(lanes)).collect();
     let halo = unit.kernel / 2;
-    // What two bands of a task read is mixed once.
-    let of_task = if mixed.is_some() { BANDS * ROWS } else { ROWS };
-    let (tasks, chunks) = (h.div_ceil(of_task), w.div_ceil(COLUMNS));
+    let chunks = w.div_ceil(COLUMNS);
+    let bands = match weights {
+        Some(_) => h.div_ceil(TASKS.div_ceil(images * chunks)).div_ceil(ROWS).clamp(1, BANDS),
+        None => 1,
+    };
+    let tall = bands * ROWS;
+    let down = h.div_ceil(tall);
     let planes = Planes::result(out, batch);
-    parallel::for_each(threads, images * tasks * chunks, |task| {
-        let (n, task, chunk) = (task / chunks / tasks, task / chunks % tasks, task % chunks);
+    parallel::for_each(threads, images * down * chunks, |task| {
+        let (n, part, chunk) = (task / chunks / down, task / chunks % down, task % chunks);
         let image = &x[n * h * w * c..][..h * w * c];
         let columns = w * chunk / chunks..w * (chunk + 1) / chunks;
         let (left, right) = padding(&columns, halo, w);
         let around = columns.start + left - halo..columns.end + halo - right;
-        let all = task * of_task..h.min((task + 1) * of_task);
-        let mut scratch =
-            Scratch::new(blocks[0].scratch(ROWS.min(all.len()), columns.len(), lanes));
-        let mut rows_of_mixed = mixed
-            .as_ref()
-            .map(|_| Rows::new(h.min(all.len().min(ROWS) + 2 * halo), around.clone(), c));
+        let all = part * tall..h.min((part + 1) * tall);
+        let highest = ROWS.min(all.len());
+        let mut scratch = Scratch::new(blocks[0].scratch(highest, columns.len(), lanes));
+        let mut mixed =
+            weights.as_ref().map(|_| Mixed::new(h.min(highest + 2 * halo), around.clone(), c));
         for start in all.clone().step_by(ROWS) {
             let rows = start..all.end.min(start + ROWS);
             let (top, bottom) = padding(&rows, halo, h);
             let reached = rows.start + top - halo..rows.end + halo - bottom;
-            if let (Some(mixed), Some(weights)) = (&mut rows_of_mixed, &mixed) {
+            if let (Some(mixed), Some(weights)) = (&mut mixed, &weights) {
                 mixed.slide(reached.clone(), weights, image, w);
             }
             let of_x = |y, column, first| Row::new(&image[(y * w + column) * c + first..], 0, c);
@@ -166,7 +171,7 @@ pub fn xunit_evaluate_channels_last(
                         if planes.stream { row.streamed() } else { row }
                     }
                 };
-                let of_v = |y| match &rows_of_mixed {
+                let of_v = |y| match &mixed {
                     Some(mixed) => mixed.row(y, first),
                     None => of_x(y, around.start, first),
                 };

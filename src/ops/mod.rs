@@ -3,7 +3,8 @@
 //!
 //! The task is a channel: all its planes in a fixed order on one thread, so that every sum has one
 //! order whatever the thread count, and the planes of a channel stay in cache from one pass to the
-//! next.
+//! next. But where channels are mixed or lie next to each other, and nothing is added up over planes, it is a
+//! tile of all channels.
 
 mod channels_last;
 mod dense;
@@ -98,16 +99,34 @@ impl<'a, T> Planes<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(self.ptr.add((n * self.batch.c + c) * len), len) }
     }
 
-    /// Some pixels of plane (n, c), for [`crate::parallel::for_each`] to end before anybody reads them.
+    /// Some pixels of plane (n, c).
     ///
     /// # Safety
-    /// As [`Planes::plane`]; nobody may read them before.
+    /// No other reference to the same pixels may live.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn pixels(&self, n: usize, c: usize, pixels: Range<usize>) -> &mut [T] {
+        let c = c.wrapping_sub(self.first);
+        assert!(n < self.batch.n && c < self.batch.c);
+        let len = self.batch.plane();
+        assert!(pixels.start <= pixels.end && pixels.end <= len);
+        // SAFETY: they are inside the plane, which is inside the tensor, as in `plane`; the caller vouches
+        // for exclusivity.
+        unsafe {
+            let first = self.ptr.add((n * self.batch.c + c) * len + pixels.start);
+            std::slice::from_raw_parts_mut(first, pixels.len())
+        }
+    }
+
+    /// [`Planes::pixels`], for [`crate::parallel::for_each`] to end before anybody reads them.
+    ///
+    /// # Safety
+    /// As [`Planes::pixels`]; nobody may read them before.
     unsafe fn target(&self, n: usize, c: usize, pixels: Range<usize>) -> Target<'_, T>
     where
         T: Scalar,
     {
         // SAFETY: the caller's promises.
-        unsafe { Target::streamed(&mut self.plane(n, c)[pixels], self.stream) }
+        unsafe { Target::streamed(self.pixels(n, c, pixels), self.stream) }
     }
 }
 

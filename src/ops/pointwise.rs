@@ -7,7 +7,7 @@ use super::groups::Layout;
 use super::scratch::Scratch;
 use super::{Planes, Source, plane};
 use crate::kernels::MAX_LANES;
-use crate::kernels::activation::{self, Affine, Apply, Gate, Target};
+use crate::kernels::activation::{Affine, Apply, Gate, PastGate, Target};
 use crate::kernels::product::{Columns, Inner, Packed, Rows, RowsMut, Start};
 use crate::kernels::transpose::Transpose;
 use crate::parallel::{self, Threads};
@@ -108,7 +108,7 @@ impl Panels {
 }
 
 /// What goes past the gate to x: grad · g(d).
-pub(super) struct PastGate<'a, T> {
+pub(super) struct Past<'a, T> {
     pub gate: Gate,
     /// As x lies.
     pub grad: &'a [T],
@@ -150,7 +150,7 @@ impl<T: Scalar> Pointwise<'_, T> {
         batch: Batch,
         layout: Layout,
         x: &[T],
-        past: &PastGate<'_, T>,
+        past: &Past<'_, T>,
         gx: &mut [T],
         gweight: &mut [T],
         threads: Threads,
@@ -167,31 +167,22 @@ impl<T: Scalar> Pointwise<'_, T> {
             let sum = unsafe { sum_planes.plane(part, 0) };
             for i in (part..panels.len()).step_by(parts) {
                 let ((n, pixels), ld) = (panels.pixels(i), panels.ld(i));
-                let gate = |c: usize, grad: &[T], out: &mut [T]| {
-                    let (gate, affine) = (past.gate, past.affine[c]);
-                    let d = &past.d.plane(n, c)[pixels.clone()];
-                    simd::dispatch(Apply { gate, x: grad, d, affine, out: Target::new(out) });
-                };
+                let d = |c: usize| &past.d.plane(n, c)[pixels.clone()];
                 let mut gp = Scratch::new(c * ld);
                 if layout == Layout::Planes {
-                    // SAFETY: as above.
-                    let own = |c| unsafe { &mut gx.plane(n, c)[pixels.clone()] };
                     for (c, gp) in gp.chunks_exact_mut(ld).enumerate() {
                         let grad = &plane(past.grad, batch, n, c)[pixels.clone()];
-                        let d = &past.d.plane(n, c)[pixels.clone()];
-                        let out = own(c);
-                        let next = [grad.as_ptr(), d.as_ptr(), out.as_ptr()]
-                            .map(|ptr| ptr.wrapping_add(batch.plane()));
-                        let (gate, affine) = (past.gate, past.affine[c]);
-                        let moved = &mut gp[..pixels.len()];
-                        simd::dispatch(activation::PastGate {
-                            gate,
+                        // SAFETY: as above.
+                        let out = unsafe { gx.pixels(n, c, pixels.clone()) };
+                        let next = [grad.as_ptr(), d(c).as_ptr(), out.as_ptr()];
+                        simd::dispatch(PastGate {
+                            gate: past.gate,
                             grad,
-                            d,
-                            affine,
+                            d: d(c),
+                            affine: past.affine[c],
                             out,
-                            moved,
-                            next,
+                            moved: &mut gp[..pixels.len()],
+                            next: next.map(|ptr| ptr.wrapping_add(batch.plane())),
                         });
                     }
                     let gp = panels.rows_of_copy(&gp, i);
@@ -212,7 +203,13 @@ impl<T: Scalar> Pointwise<'_, T> {
                 let grad = panels.gather(past.grad, i);
                 let rows = grad.chunks_exact(ld).zip(copy.chunks_exact_mut(ld));
                 for (c, (grad, out)) in rows.enumerate() {
-                    gate(c, &grad[..pixels.len()], &mut out[..pixels.len()]);
+                    simd::dispatch(Apply {
+                        gate: past.gate,
+                        x: &grad[..pixels.len()],
+                        d: d(c),
+                        affine: past.affine[c],
+                        out: Target::new(&mut out[..pixels.len()]),
+                    });
                 }
                 let of_copy = RowsMut::new(&mut copy, c, ld, pixels.len());
                 simd::dispatch(Columns { a: &weight, b: gp, start: Start::Sum, c: of_copy });

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::dense;
 use super::groups::{self, Groups, Layout};
-use super::pointwise::{PastGate, Pointwise};
+use super::pointwise::{Past, Pointwise};
 use super::scratch::{Scratch, Window};
 use super::{Planes, Source, expect_len, optional_len, turned};
 use crate::kernels::activation::{
@@ -499,7 +499,7 @@ pub fn xunit_backward<T: Scalar>(
         }
         let affine = |c| Channel::given(unit.norm2.as_ref(), c).affine;
         let (d, affine) = (Source::new(d, batch), (0..batch.c).map(affine).collect());
-        let past = PastGate { gate: unit.gate, grad, d, affine };
+        let past = Past { gate: unit.gate, grad, d, affine };
         pointwise.backward(batch, layout, x, &past, gx, gradients.weight, threads);
     }
     Ok(())
