@@ -798,8 +798,8 @@ pub struct WeightGradient<'a, T> {
 /// Vectors of gradient that are added up in lanes: at 16 lanes a block of 64 × 64 pixels.
 const BLOCK: usize = 256;
 
-/// The most rows that a column is passed down at once: three lines of each, of gradient and input, stay in the
-/// first-level cache from one tile of taps to the next.
+/// The most rows that a column is passed down at once: the two lines of gradient and input of each that the taps
+/// read, or three, stay in the first-level cache from one tile of taps to the next.
 const ROWS: usize = 64;
 
 impl<T: Scalar> Kernel<T> for WeightGradient<'_, T> {

@@ -91,12 +91,8 @@ impl<'a, T> Planes<'a, T> {
     /// No other reference to the same plane may live.
     #[allow(clippy::mut_from_ref)]
     unsafe fn plane(&self, n: usize, c: usize) -> &mut [T] {
-        let c = c.wrapping_sub(self.first);
-        assert!(n < self.batch.n && c < self.batch.c);
-        let len = self.batch.plane();
-        // SAFETY: the plane is inside the tensor, whose length `group` checks; the caller vouches
-        // for exclusivity.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr.add((n * self.batch.c + c) * len), len) }
+        // SAFETY: the caller's promise.
+        unsafe { self.pixels(n, c, 0..self.batch.plane()) }
     }
 
     /// Some pixels of plane (n, c).
@@ -109,8 +105,8 @@ impl<'a, T> Planes<'a, T> {
         assert!(n < self.batch.n && c < self.batch.c);
         let len = self.batch.plane();
         assert!(pixels.start <= pixels.end && pixels.end <= len);
-        // SAFETY: they are inside the plane, which is inside the tensor, as in `plane`; the caller vouches
-        // for exclusivity.
+        // SAFETY: they are inside the plane, which is inside the tensor, whose length `group` checks; the
+        // caller vouches for exclusivity.
         unsafe {
             let first = self.ptr.add((n * self.batch.c + c) * len + pixels.start);
             std::slice::from_raw_parts_mut(first, pixels.len())

@@ -81,9 +81,14 @@ impl Panels {
     fn gather<T: Scalar>(&self, tensor: &[T], i: usize) -> Scratch<T> {
         let (Batch { c, .. }, plane) = (self.batch, self.batch.plane());
         let (n, pixels) = self.pixels(i);
-        let from = &tensor[(n * plane + pixels.start) * c..][..pixels.len() * c];
-        let mut copy = Scratch::new(c * self.ld(i));
-        simd::dispatch(Transpose::gather((from, c), (&mut copy, self.ld(i)), pixels.len(), c));
+        self.rows_from(&tensor[(n * plane + pixels.start) * c..][..pixels.len() * c], i)
+    }
+
+    /// The pixels of panel i, all channels, copied to rows.
+    fn rows_from<T: Scalar>(&self, pixels: &[T], i: usize) -> Scratch<T> {
+        let (c, ld) = (self.batch.c, self.ld(i));
+        let mut copy = Scratch::new(c * ld);
+        simd::dispatch(Transpose::gather((pixels, c), (&mut copy, ld), pixels.len() / c, c));
         copy
     }
 
@@ -168,8 +173,8 @@ impl<T: Scalar> Pointwise<'_, T> {
             for i in (part..panels.len()).step_by(parts) {
                 let ((n, pixels), ld) = (panels.pixels(i), panels.ld(i));
                 let d = |c: usize| &past.d.plane(n, c)[pixels.clone()];
-                let mut gp = Scratch::new(c * ld);
                 if layout == Layout::Planes {
+                    let mut gp = Scratch::new(c * ld);
                     for (c, gp) in gp.chunks_exact_mut(ld).enumerate() {
                         let grad = &plane(past.grad, batch, n, c)[pixels.clone()];
                         // SAFETY: as above.
@@ -194,8 +199,7 @@ impl<T: Scalar> Pointwise<'_, T> {
                 }
                 // SAFETY: as above.
                 let to = unsafe { panels.pixels_mut(&gx, i) };
-                let from = (&*to, c);
-                simd::dispatch(Transpose::gather(from, (&mut gp, ld), pixels.len(), c));
+                let gp = panels.rows_from(to, i);
                 let mut copy = panels.gather(x, i);
                 let gp = panels.rows_of_copy(&gp, i);
                 simd::dispatch(Inner { a: gp, b: panels.rows_of_copy(&copy, i), sum: &mut *sum });
