@@ -146,7 +146,7 @@ fn unit_backward(bencher: Bencher, variant: Variant, k: usize) {
     let (parameters, x) = (Parameters::new(variant, k), noise(BATCH.size()));
     let unit = parameters.unit(true, true);
     let (d, p, grad) = (noise(BATCH.size()), noise(BATCH.size()), noise(BATCH.size()));
-    let saved = XUnitSaved { x: &x, d: &d, p: unit.pointwise.map(|_| &p[..]) };
+    let saved = XUnitSaved { x: &x, d: Some(&d), p: unit.pointwise.map(|_| &p[..]) };
     let mut gx = x.clone();
     let (mut gweight, mut gpointwise) = (noise(BATCH.c * k * k), noise(BATCH.c * BATCH.c));
     let mut small: [Vec<f32>; 4] = std::array::from_fn(|_| noise(BATCH.c));

@@ -514,13 +514,18 @@ fn norm_gradient() {
             let direct = &vec![T::from_f64(0.5); len][..];
             let mut got = nan::<T>(len);
             let out = Target::new(&mut got);
-            let sum = T::dispatch(isa, Finish { norm, x, grad, direct: Some(direct), out });
+            let (x_of, direct_of) = (Some(x), Some(direct));
+            let sum = T::dispatch(isa, Finish { norm, x: x_of, grad, direct: direct_of, out });
+            let mut in_place = x.to_vec();
+            let out = Target::new(&mut in_place);
+            T::dispatch(isa, Finish { norm, x: None, grad, direct: direct_of, out });
+            same_bits(&in_place, &got, || format!("in place, {}", case()));
             let added: Vec<_> = want.iter().map(|g| g + 0.5).collect();
             close(&got, &added, || format!("added, {}", case()));
             let (sum, scale) = ([T::from_f64(sum)], magnitude(want));
             close_beside(&sum, &[want.iter().sum()], scale, || format!("its sum, {}", case()));
             let got = streamed(len, |out| {
-                T::dispatch(isa, Finish { norm, x, grad, direct: None, out });
+                T::dispatch(isa, Finish { norm, x: Some(x), grad, direct: None, out });
             });
             close(&got, want, || format!("alone, {}", case()));
             same_bits(&streamed(len, |to| T::dispatch(isa, CopyOut { from: x, to })), x, || {
@@ -576,7 +581,7 @@ fn norm_gradients_that_cancel() {
     for isa in available() {
         let mut grad = nan::<f32>(e.len());
         let out = Target::new(&mut grad);
-        f32::dispatch(isa, Finish { norm, x: &x, grad: &e, direct: None, out });
+        f32::dispatch(isa, Finish { norm, x: Some(&x), grad: &e, direct: None, out });
         let sum: f64 = grad.iter().map(|&g| f64::from(g)).sum();
         // 2e-5 of roundings; rounded constants would give 1.1e-4.
         assert!((sum - want).abs() < 5e-5, "{isa}: {sum:e}, {want:e}");

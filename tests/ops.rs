@@ -175,9 +175,16 @@ impl<T: Scalar> Owned<T> {
                 norm.stats = stats.clone().or(norm.stats.take());
             }
         }
-        let (d, p) = (forward.d.as_deref().unwrap(), forward.p.as_deref());
-        let gradients =
-            xunit_backward(&self.unit(), batch, grad, XUnitSaved { x, d, p }, threads).unwrap();
+        let (d, p) = (forward.d.as_deref(), forward.p.as_deref());
+        let saved = XUnitSaved { x, d, p };
+        let gradients = xunit_backward(&self.unit(), batch, grad, saved, threads).unwrap();
+        // The last of what is saved where the gradient will be.
+        let (d, there) = if p.is_some() { (d, p) } else { (None, d) };
+        let (unit, saved) = (self.unit(), XUnitSaved { x, d, p: None });
+        let there = there.unwrap().to_vec();
+        let again =
+            xunit_backward_in(Layout::Planes, &unit, batch, grad, saved, there, threads).unwrap();
+        same_gradients(&again, &gradients, &gradients.x, "in place");
         self.is_the_same_in_channels_last(batch, x, grad, threads, (&forward, &gradients));
         for norm in self.norms.iter_mut().flatten().filter(|norm| norm.training) {
             norm.stats = None;
@@ -197,19 +204,12 @@ impl<T: Scalar> Owned<T> {
         let mut unit = self.unit();
         let (last, layout) = (|t: &[T]| to_channels_last(batch, t), Layout::ChannelsLast);
         let (x, grad) = (&last(x)[..], &last(grad)[..]);
+        let saved = XUnitSaved { x, d: forward.d.as_deref(), p: forward.p.as_deref() };
+        let gx = nan(batch.size());
+        let got = xunit_backward_in(layout, &unit, batch, grad, saved, gx, threads).unwrap();
+        same_gradients(&got, gradients, &last(&gradients.x), "in channels_last");
         let (d, p) = (forward.d.as_deref().unwrap(), forward.p.as_deref());
-        let saved = XUnitSaved { x, d, p };
-        let got = xunit_backward_in(layout, &unit, batch, grad, saved, threads).unwrap();
         let name = |what: &'static str| move || format!("{what} in channels_last");
-        same_bits(&got.x, &last(&gradients.x), name("gradient to x"));
-        let pairs = |g: &XUnitGradients<T>| -> Vec<T> {
-            let norms = [&g.norm1, &g.norm2].into_iter().flatten();
-            let norms = norms.flat_map(|(weight, bias)| [weight, bias]);
-            let pointwise = [&g.pointwise_weight, &g.pointwise_bias].into_iter().flatten();
-            let all = [&g.weight, &g.bias].into_iter().chain(pointwise).chain(norms);
-            all.flatten().copied().collect()
-        };
-        same_bits(&pairs(&got), &pairs(gradients), name("gradients to parameters"));
         for (norm, own) in [&mut unit.norm1, &mut unit.norm2].into_iter().zip(&self.norms) {
             if let (Some(norm), Some(own)) = (norm, own) {
                 norm.stats = norm.stats.filter(|_| !own.training);
@@ -233,6 +233,24 @@ impl<T: Scalar> Owned<T> {
 }
 
 /// (N, H, W, C) from (N, C, H, W).
+/// `x`: what `got` is to have as the gradient to x.
+fn same_gradients<T: Scalar>(
+    got: &XUnitGradients<T>,
+    want: &XUnitGradients<T>,
+    x: &[T],
+    how: &str,
+) {
+    same_bits(&got.x, x, || format!("gradient to x {how}"));
+    let parameters = |g: &XUnitGradients<T>| -> Vec<T> {
+        let norms = [&g.norm1, &g.norm2].into_iter().flatten();
+        let norms = norms.flat_map(|(weight, bias)| [weight, bias]);
+        let pointwise = [&g.pointwise_weight, &g.pointwise_bias].into_iter().flatten();
+        let all = [&g.weight, &g.bias].into_iter().chain(pointwise).chain(norms);
+        all.flatten().copied().collect()
+    };
+    same_bits(&parameters(got), &parameters(want), || format!("gradients to parameters {how}"));
+}
+
 fn to_channels_last<T: Scalar>(batch: Batch, t: &[T]) -> Vec<T> {
     let at = |i: usize| {
         let (pixel, c) = (i / batch.c, i % batch.c);
@@ -379,7 +397,7 @@ fn large_results_are_the_same_past_the_caches() {
                     norm.stats = stats;
                 }
             }
-            let saved = XUnitSaved { x: &x, d: d_want, p: want.p.as_deref() };
+            let saved = XUnitSaved { x: &x, d: Some(d_want), p: want.p.as_deref() };
             let unit = owned.unit();
             // With statistics given, each strip is gated at once.
             let want_out = xunit_forward(&unit, batch, &x, false, 2).unwrap().out;
@@ -986,14 +1004,22 @@ fn xunits_that_do_not_fit_are_refused() {
     let backward = |unit: XUnit<'_, f32>, grad, d, p| {
         xunit_backward(&unit, batch, grad, XUnitSaved { x, d, p }, 1)
     };
-    assert!(backward(full, x, x, None).is_ok());
-    refused(backward(full, &x[1..], x, None), &["grad", "180", "179"]);
-    refused(backward(full, x, &x[1..], None), &["d", "180", "179"]);
-    refused(backward(full, x, x, Some(x)), &["p", "dense"]);
-    refused(backward(XUnit { norm1: training, ..full }, x, x, None), &["statistics"]);
-    refused(backward(XUnit { norm2: training, ..full }, x, x, None), &["statistics"]);
+    let d = Some(x);
+    assert!(backward(full, x, d, None).is_ok());
+    refused(backward(full, &x[1..], d, None), &["grad", "180", "179"]);
+    refused(backward(full, x, Some(&x[1..]), None), &["d", "180", "179"]);
+    refused(backward(full, x, d, Some(x)), &["p", "dense"]);
+    refused(backward(XUnit { norm1: training, ..full }, x, d, None), &["statistics"]);
+    refused(backward(XUnit { norm2: training, ..full }, x, d, None), &["statistics"]);
     let dense = XUnit { variant: Variant::Dense, pointwise, ..full };
-    assert!(backward(dense, x, x, Some(x)).is_ok());
-    refused(backward(dense, x, x, None), &["p", "dense"]);
-    refused(backward(dense, x, x, Some(&x[1..])), &["p", "180", "179"]);
+    assert!(backward(dense, x, d, Some(x)).is_ok());
+    refused(backward(dense, x, None, Some(x)), &["d", "missing"]);
+    refused(backward(dense, x, None, None), &["d", "missing"]);
+    refused(backward(dense, x, d, Some(&x[1..])), &["p", "180", "179"]);
+    for (unit, d) in [(full, None), (dense, d)] {
+        let saved = XUnitSaved { x, d, p: None };
+        let last = Layout::ChannelsLast;
+        let got = xunit_backward_in(last, &unit, batch, x, saved, x.to_vec(), 1);
+        refused(got, &["channels_last", "gradient"]);
+    }
 }

@@ -10,9 +10,9 @@ import torch.nn.functional as F  # noqa: E402
 from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from xunit_rs import functional, reference  # noqa: E402
+from xunit_rs import _autograd, functional, reference  # noqa: E402
 from xunit_rs.functional import BatchNormState  # noqa: E402
-from xunit_rs.modules import DepthwiseConv2d, xUnit  # noqa: E402
+from xunit_rs.modules import DepthwiseConv2d, xUnit, xUnitD, xUnitS  # noqa: E402
 
 BACKENDS = ["torch", "rust"]
 GATES = ["sigmoid", "gaussian"]
@@ -170,6 +170,86 @@ def test_backward_twice_and_checkpoint(backend):
         out.sum().backward()
     (c,) = torch.autograd.grad(checkpoint(module, x, use_reentrant=False).square().sum(), x)
     assert torch.equal(a, c)
+
+
+@pytest.fixture
+def in_place(monkeypatch):
+    """For each backward pass whether the gradient took the place of what forward saved."""
+    found = []
+    backward = _autograd._core.xunit_backward
+
+    def spy(*args):
+        d, p = args[4:6]
+        found.append(d is None or (args[0] == "dense" and p is None))
+        backward(*args)
+
+    monkeypatch.setattr(_autograd._core, "xunit_backward", spy)
+    return found
+
+
+@pytest.mark.parametrize("unit", [xUnit, xUnitS, xUnitD])
+def test_a_gradient_takes_the_place_of_what_nobody_reads_again(unit, in_place):
+    torch.manual_seed(0)
+    module = unit(8, 5, True, backend="rust")
+    x = torch.randn(2, 8, 128, 130, requires_grad=True)
+    wanted = [x, *module.parameters()]
+
+    def step(out, **options):
+        return torch.autograd.grad(out, wanted, torch.ones_like(out), **options)
+
+    def same(got):
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+
+    out = module(x)
+    want = step(out, retain_graph=True)
+    kept = [None if t is None else t.clone() for t in out.grad_fn.saved_tensors]
+    assert in_place == [False]
+    same(step(out, retain_graph=True))
+    same(step(out))
+    assert in_place == [False, False, True]
+
+    # Somebody has them still: all, one, or a view of one.
+    last = 9 if unit is not xUnitD else 10
+    holders = [
+        lambda saved: saved,
+        lambda saved: saved[last],
+        lambda saved: saved[last].view(-1),
+        lambda saved: saved[last].untyped_storage(),
+        lambda saved: saved[last].numpy(),
+    ]
+    for hold in holders:
+        out = module(x)
+        held = hold(out.grad_fn.saved_tensors)
+        same(step(out))
+        assert in_place[-1] is False
+        if isinstance(held, tuple):
+            for a, b in zip(held, kept, strict=True):
+                assert a is None or torch.equal(a, b)
+    assert in_place[3:] == [False] * len(holders)
+
+    # Hooks: those that keep the tensors, and those that give back others.
+    seen = []
+
+    def keep(t):
+        seen.append(t)
+        return t
+
+    for pack, unpack in [(keep, lambda t: t), (torch.clone, lambda t: t)]:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            out = module(x)
+        same(step(out))
+        assert in_place[-1] is False
+    same(torch.autograd.grad(checkpoint(module, x, use_reentrant=False).sum(), wanted))
+
+
+def test_small_and_channels_last_gradients_have_places_of_their_own(in_place):
+    module = xUnit(4, 3, backend="rust")
+    for x in (torch.randn(1, 4, 8, 8), torch.randn(4, 4, 256, 256)):
+        if x.numel() > 1 << 16:
+            x = x.contiguous(memory_format=torch.channels_last)
+        module(x.requires_grad_()).sum().backward()
+    assert in_place == [False, False]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

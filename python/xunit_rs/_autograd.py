@@ -579,8 +579,11 @@ class _XUnit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *inputs, call = args
-        out, saved, ctx.statistics = _unit_forward(inputs, call, save=True)
-        ctx.save_for_backward(*inputs, *saved)
+        out, (d, p), ctx.statistics = _unit_forward(inputs, call, save=True)
+        ctx.save_for_backward(*inputs, d, p)
+        last = d if p is None else p
+        assert last is not None
+        ctx.place = last.data_ptr()
         ctx.set_materialize_grads(False)
         ctx.call = call
         return out
@@ -590,15 +593,59 @@ class _XUnit(torch.autograd.Function):
         if grad is None:
             return (None,) * 10
         saved = ctx.saved_tensors
-        inputs, (d, p) = saved[:9], saved[9:11]
         call: _Unit = ctx.call
+        spent = _is_spent(saved, 10 if call.variant == "dense" else 9, ctx.place)
+        inputs, (d, p) = saved[:9], saved[9:11]
         needs = ctx.needs_input_grad[:9]
         if _must_replay(grad):
             return *_replay(
                 inputs, needs, grad, lambda t: _unit_reference(call, t, ctx.statistics)
             ), None
 
-        return *_unit_backward(grad, inputs, (d, p), ctx.statistics, needs, call), None
+        return *_unit_backward(grad, inputs, (d, p), ctx.statistics, needs, call, spent), None
+
+
+# Bytes from which on it is worth asking whether a tensor is spent.
+_LARGE = 1 << 20
+
+# Whether the graph outlives the backward pass that is running: what the compiler asks before it
+# reuses memory of saved tensors ("donated buffers"). Private, so it may be absent.
+_keeps_graph: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
+_uses_of_storage: Callable[[int], int] = getattr(torch._C, "_storage_Use_Count", lambda _: 0)
+
+
+def _references_of_torch() -> int:
+    """The references to a tensor's Python object that torch has while it keeps the tensor: 1, or 0
+    in older versions."""
+    t, keeper = torch.empty(1, device="cpu"), torch.empty(1, device="cpu")
+    before = sys.getrefcount(t)
+    keeper.grad = t
+    return sys.getrefcount(t) - before
+
+
+_OF_TORCH = _references_of_torch()
+
+
+def _is_spent(saved: tuple[Vector, ...], i: int, place: int) -> bool:
+    """Whether `saved[i]` is what forward made, at `place`, and nobody reads it after the backward
+    pass that is running: nobody has got hold of it, by `grad_fn.saved_tensors`, say, or by hooks.
+    """
+    t = saved[i]
+    if t is None or t.numel() * t.element_size() < _LARGE or t.data_ptr() != place:
+        return False
+    if _keeps_graph():
+        return False
+    storage = t.untyped_storage()
+    # Objects as well known as the two, if torch, `saved` and this function alone know them.
+    both = (object(),)
+    other, another = both[0], object()
+    return (
+        sys.getrefcount(t) == sys.getrefcount(other) + _OF_TORCH
+        and sys.getrefcount(storage) == sys.getrefcount(another) + _OF_TORCH
+        and _uses_of_storage(storage._cdata) == 2  # t's and that of `storage`
+    )
 
 
 def _unit_backward(
@@ -608,14 +655,23 @@ def _unit_backward(
     statistics: Sequence[Statistics],
     needs: Sequence[bool],
     call: _Unit,
+    spent: bool = False,
 ) -> tuple[Vector, ...]:
+    """The gradients; `spent`: that of x may take the place of the last of the saved tensors, which
+    `_is_spent`."""
     x, pw_weight, pw_bias, weight, bias = inputs[:5]
     d, p = saved
     assert x is not None and weight is not None and d is not None
     dtype = _compute_dtype(x.dtype)
     last = not x.is_contiguous() and _is_channels_last(x)
     layout = torch.channels_last if last else torch.contiguous_format
-    grads: list[Vector] = [torch.empty_like(x, dtype=dtype, memory_format=layout)]
+    if not spent or last:
+        gx = torch.empty_like(x, dtype=dtype, memory_format=layout)
+    elif p is None:
+        gx, d = d, None
+    else:
+        gx, p = p, None
+    grads: list[Vector] = [gx]
     grads += [None if t is None else _empty(t, dtype) for t in (pw_weight, pw_bias, weight, bias)]
     norms: list[Any] = []
     for i, (bn, stats) in enumerate(zip(call.norms, statistics, strict=True)):
@@ -633,7 +689,7 @@ def _unit_backward(
         call.gate,
         _ready(_in_order(grad, last), dtype),
         _ready(_in_order(x, last), dtype),
-        _ready(d, dtype),
+        _optional(d, dtype),
         _optional(p, dtype),
         _optional(pw_weight, dtype),
         _ready(weight, dtype),

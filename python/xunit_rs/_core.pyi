@@ -90,7 +90,7 @@ def xunit_backward(
     gate: str,
     grad: _Array,
     x: _Array,
-    d: _Array,
+    d: _Array | None,
     p: _Array | None,
     pw_weight: _Array | None,
     weight: _Array,

@@ -473,7 +473,8 @@ impl<T: Scalar> Kernel<T> for ReluGradient<'_, T> {
 /// former.
 pub struct Finish<'a, T> {
     pub norm: NormGradient<T>,
-    pub x: &'a [T],
+    /// `None`: it is in `out`.
+    pub x: Option<&'a [T]>,
     pub grad: &'a [T],
     pub direct: Option<&'a [T]>,
     pub out: Target<'a, T>,
@@ -485,16 +486,18 @@ impl<T: Scalar> Kernel<T> for Finish<'_, T> {
     #[inline(always)]
     fn run<S: Simd<T>>(self, simd: S) -> f64 {
         let Finish { norm, x, grad, direct, mut out } = self;
-        assert!(x.len() == grad.len() && x.len() == out.slice.len());
-        assert!(direct.is_none_or(|direct| direct.len() == x.len()));
+        let len = out.slice.len();
+        assert!(grad.len() == len);
+        assert!([x, direct].iter().flatten().all(|slice| slice.len() == len));
         let stream = out.streams(simd);
         let zero = simd.splat(T::ZERO);
         let (mut sum, mut a) = (0.0, zero);
         each_vector!(
             simd,
-            x.len(),
+            len,
             |at, n| {
-                let v = norm.apply(simd, load(simd, grad, at, n), load(simd, x, at, n));
+                let x = load(simd, x.unwrap_or(out.slice), at, n);
+                let v = norm.apply(simd, load(simd, grad, at, n), x);
                 a = simd.add(a, keep(simd, v, n));
                 let whole = match direct {
                     Some(direct) => simd.add(v, load(simd, direct, at, n)),

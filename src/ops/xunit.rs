@@ -107,12 +107,14 @@ impl<T: Scalar> BatchStats<'_, T> {
     }
 }
 
-/// What forward read and left.
+/// What forward read and left: x and d, in the dense unit p, too.
+///
+/// The last of them may lie where x's gradient will, which takes its place: no memory is fresh then, and what
+/// is written is in the cache already. It is None then, and all are in planes.
 #[derive(Clone, Copy, Debug)]
 pub struct XUnitSaved<'a, T> {
     pub x: &'a [T],
-    pub d: &'a [T],
-    /// Dense only.
+    pub d: Option<&'a [T]>,
     pub p: Option<&'a [T]>,
 }
 
@@ -429,9 +431,20 @@ pub fn xunit_backward<T: Scalar>(
     let XUnitSaved { x, d, p } = saved;
     let geometry = check(unit, batch, x)?;
     expect_len("grad", grad, batch.size())?;
-    expect_len("d", d, batch.size())?;
+    optional_len("d", d, batch.size())?;
     optional_len("p", p, batch.size())?;
-    check_gradients(unit, batch, p, &gradients)?;
+    let dense = unit.pointwise.is_some();
+    if !dense && p.is_some() {
+        return Err(shape_error!("p, the pointwise output, is for the dense unit"));
+    }
+    if dense && d.is_none() {
+        return Err(shape_error!("d, the depthwise output, is missing"));
+    }
+    let in_place = if dense { p.is_none() } else { d.is_none() };
+    if in_place && layout == Layout::ChannelsLast {
+        return Err(shape_error!("in channels_last nothing can lie where x's gradient will"));
+    }
+    check_gradients(unit, batch, &gradients)?;
     let XUnitGradients { x: gx, pointwise, weight: gweight, bias, norm1, norm2 } = gradients;
     let taps = unit.kernel * unit.kernel;
     let threads = threads.for_work(batch.size() * (taps + POINTWISE_WORK));
@@ -440,10 +453,12 @@ pub fn xunit_backward<T: Scalar>(
     // unit alone has.
     let width = taps + 6;
     let mut sums = vec![0.0; batch.c * width];
-    let gx_planes = Planes::result(&mut *gx, batch);
+    // Nothing is streamed to what the cache holds.
+    let gx_planes =
+        if in_place { Planes::new(&mut *gx, batch) } else { Planes::result(&mut *gx, batch) };
     let sum_planes = Planes::new(&mut sums, Batch { n: 1, c: batch.c, h: 1, w: width });
-    let task =
-        Backward { unit, geometry, d: Source::new(d, batch), p: p.map(|p| Source::new(p, batch)) };
+    let [d, p] = [d, p].map(|tensor| tensor.map(|tensor| Source::new(tensor, batch)));
+    let task = Backward { unit, geometry, d, p };
     let each_channel = |grad: &[T], x: &[T], gx: &Planes<'_, T>| {
         let (grad, x) = (Source::new(grad, batch), Source::new(x, batch));
         parallel::for_each(threads, batch.c, |c| {
@@ -493,12 +508,12 @@ pub fn xunit_backward<T: Scalar>(
     if let Some(bias) = bias {
         column(taps, factor(&unit.norm2), bias);
     }
-    if let (Some(gradients), Some(pointwise)) = (pointwise, &unit.pointwise) {
+    if let (Some(gradients), Some(pointwise), Some(d)) = (pointwise, &unit.pointwise, d) {
         if let Some(bias) = gradients.bias {
             column(taps + 5, factor(&unit.norm1), bias);
         }
         let affine = |c| Channel::given(unit.norm2.as_ref(), c).affine;
-        let (d, affine) = (Source::new(d, batch), (0..batch.c).map(affine).collect());
+        let affine = (0..batch.c).map(affine).collect();
         let past = Past { gate: unit.gate, grad, d, affine };
         pointwise.backward(batch, layout, x, &past, gx, gradients.weight, threads);
     }
@@ -509,7 +524,8 @@ pub fn xunit_backward<T: Scalar>(
 struct Backward<'a, T> {
     unit: &'a XUnit<'a, T>,
     geometry: Geometry,
-    d: Source<'a, T>,
+    /// As [`XUnitSaved`] has them.
+    d: Option<Source<'a, T>>,
     p: Option<Source<'a, T>>,
 }
 
@@ -519,19 +535,26 @@ impl<T: Scalar> Backward<'_, T> {
     ///
     /// # Safety
     /// No other task may name the channel of gx meanwhile.
-    unsafe fn channel(
-        &self,
+    unsafe fn channel<'s>(
+        &'s self,
         c: usize,
-        grad: Source<'_, T>,
-        x: Source<'_, T>,
-        gx: &Planes<'_, T>,
+        grad: Source<'s, T>,
+        x: Source<'s, T>,
+        gx: &'s Planes<'_, T>,
         sums: &mut [f64],
     ) {
         let Self { unit, geometry, d, p } = self;
         let (batch, k, taps) = (geometry.input, unit.kernel, unit.kernel * unit.kernel);
         let count = (batch.n * batch.plane()) as f64;
         let (waits1, waits2) = (is_training(&unit.norm1), is_training(&unit.norm2));
-        let u = p.unwrap_or(x);
+        let dense = unit.pointwise.is_some();
+        let (d, u) = (*d, if dense { *p } else { Some(x) });
+        // Pixels of plane (n, c) of what is saved. Where it lies in gx, each is read before it is written.
+        let saved = |source: Option<Source<'s, T>>, n: usize, pixels: Range<usize>| match source {
+            Some(source) => &source.plane(n, c)[pixels],
+            // SAFETY: this task alone names channel c, and no other reference to these pixels lives.
+            None => unsafe { &*gx.pixels(n, c, pixels) },
+        };
         let (sum_weight, sum) = sums.split_at_mut(taps);
         let first = Channel::given(unit.norm1.as_ref(), c);
         let second = Channel::given(unit.norm2.as_ref(), c);
@@ -539,7 +562,6 @@ impl<T: Scalar> Backward<'_, T> {
         let weight = conv::Taps::new(weight, (k, k), 1, batch.h);
         // The gradients on their way to u and, past the gate, to x, where they are added up: of one image, or
         // of all. The dense unit's go past its pointwise convolution, which adds them.
-        let dense = p.is_some();
         let size = batch.plane();
         let images = if waits1 || waits2 { batch.n } else { 1 };
         let mut on_its_way = Scratch::new(images * size);
@@ -550,7 +572,7 @@ impl<T: Scalar> Backward<'_, T> {
                 gate: unit.gate,
                 grad: grad.plane(n, c),
                 x: x.plane(n, c),
-                d: d.plane(n, c),
+                d: saved(d, n, 0..size),
                 affine: second.affine,
                 direct: (!dense).then(|| Target::new(direct)),
                 e,
@@ -570,7 +592,7 @@ impl<T: Scalar> Backward<'_, T> {
         // The gradient at u, finished by norm 1, goes on to x: directly or through the product.
         let finish = |norm: NormGradient<T>, n, pixels: Range<usize>, gu: &[T], direct: &[T]| {
             let direct = direct.get(at(n)).map(|direct| &direct[pixels.clone()]);
-            let x = &u.plane(n, c)[pixels.clone()];
+            let x = u.map(|u| &u.plane(n, c)[pixels.clone()]);
             // SAFETY: this task alone names channel c.
             let out = unsafe { gx.target(n, c, pixels) };
             simd::dispatch(Finish { norm, x, grad: gu, direct, out })
@@ -583,17 +605,18 @@ impl<T: Scalar> Backward<'_, T> {
             if !waits2 {
                 gate_gradient(n, sum, &mut on_its_way[at(n)], &mut direct[direct_at(n)]);
             }
-            let (u, d, e) = (u.plane(n, c), d.plane(n, c), &mut on_its_way[at(n)]);
+            let e = &mut on_its_way[at(n)];
             for y in (0..batch.h).step_by(strip) {
                 let end = (y + strip).min(batch.h);
                 let pixels = y * batch.w..end * batch.w;
-                input.slide_over(y..end + k - 1, (u, 0), relu_of);
+                // All above is in the window or done with.
+                input.slide_over(y..end + k - 1, (saved(u, n, y * batch.w..size), y), relu_of);
                 output.slide(y..end + k - 1, |rows, padded, origin| {
                     let pixels = rows.start * batch.w..rows.end * batch.w;
                     sum[0] += simd::dispatch(FillGradient {
                         norm: norm2,
                         grad: &e[pixels.clone()],
-                        d: &d[pixels],
+                        d: saved(d, n, pixels),
                         width: batch.w,
                         padded,
                         ld,
@@ -624,7 +647,7 @@ impl<T: Scalar> Backward<'_, T> {
                     next: &[],
                 });
                 if relu_of.is_some() {
-                    let (x, affine) = (&u[pixels.clone()], first.affine);
+                    let (x, affine) = (saved(u, n, pixels.clone()), first.affine);
                     let (bias, scale) = simd::dispatch(ReluGradient { x, affine, grad: &mut *gu });
                     sum[2] += bias;
                     sum[1] += scale;
@@ -674,14 +697,13 @@ fn check_stats<T>(
 fn check_gradients<T>(
     unit: &XUnit<'_, T>,
     batch: Batch,
-    p: Option<&[T]>,
     gradients: &XUnitGradients<'_, T>,
 ) -> Result<(), ShapeError> {
     let c = batch.c;
     let XUnitGradients { x, pointwise, weight, bias, norm1, norm2 } = gradients;
-    if [p.is_some(), pointwise.is_some()] != [unit.pointwise.is_some(); 2] {
+    if pointwise.is_some() != unit.pointwise.is_some() {
         return Err(shape_error!(
-            "p, the pointwise output, and gradients of its convolution are for the dense unit and needed there"
+            "gradients of a pointwise convolution are for the dense unit and needed there"
         ));
     }
     expect_len("x's gradient", x, batch.size())?;

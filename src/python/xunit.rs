@@ -382,6 +382,7 @@ fn unit<'a, T: Number>(
 ///
 /// bn1, bn2: None or (weight or None, bias or None, mean, var, eps, batch, gradient of weight, of
 /// bias), with the statistics that forward used.
+/// d None ("dense": p None): gx holds it, and takes its place.
 /// channels_last: grad, x and gx have shape (N, H, W, C).
 #[pyfunction]
 #[pyo3(signature = (
@@ -394,7 +395,7 @@ pub fn xunit_backward<'py>(
     gate: &str,
     grad: &Array<'py>,
     x: &Array<'py>,
-    d: &Array<'py>,
+    d: Option<&Array<'py>>,
     p: Option<&Array<'py>>,
     pw_weight: Option<&Array<'py>>,
     weight: &Array<'py>,
@@ -409,7 +410,7 @@ pub fn xunit_backward<'py>(
     threads: usize,
 ) -> PyResult<()> {
     let kind = (variant_of(variant)?, gate_of(gate)?);
-    let saved = [Some(grad), Some(d), p];
+    let saved = [Some(grad), d, p];
     let gradients = [Some(gx), gpw_weight, gpw_bias, Some(gweight), gbias];
     by_dtype!(
         x,
@@ -468,7 +469,7 @@ fn backward<'py, T: Number>(
     )?;
     let unit = unit(kind, batch, [&pw_weight, &None, &weight, &None], &norms)?;
     let [grad, d, p] = saved.each_ref().map(|view| view.as_ref().map(View::slice));
-    let saved = XUnitSaved { x: x.slice(), d: d.unwrap_or_default(), p };
+    let saved = XUnitSaved { x: x.slice(), d, p };
     let [norm1, norm2] = &norms;
     // SAFETY: checked to be disjoint, and each taken once.
     let gradients = unsafe {

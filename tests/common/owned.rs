@@ -93,22 +93,24 @@ pub fn xunit_backward<T: Scalar>(
     saved: XUnitSaved<'_, T>,
     threads: usize,
 ) -> Result<XUnitGradients<T>, ShapeError> {
-    xunit_backward_in(Layout::Planes, unit, batch, grad, saved, threads)
+    xunit_backward_in(Layout::Planes, unit, batch, grad, saved, nan(batch.size()), threads)
 }
 
+/// `x`: what lies where the gradient will.
 pub fn xunit_backward_in<T: Scalar>(
     layout: Layout,
     unit: &XUnit<'_, T>,
     batch: Batch,
     grad: &[T],
     saved: XUnitSaved<'_, T>,
+    x: Vec<T>,
     threads: usize,
 ) -> Result<XUnitGradients<T>, ShapeError> {
     let c = batch.c;
     let biased = unit.pointwise.is_some_and(|pointwise| pointwise.bias.is_some());
     let pair = |there: bool| there.then(|| (nan::<T>(c), nan::<T>(c)));
     let mut done = XUnitGradients {
-        x: nan(batch.size()),
+        x,
         pointwise_weight: unit.pointwise.map(|_| nan(c * c)),
         pointwise_bias: biased.then(|| nan(c)),
         weight: nan(c * unit.kernel * unit.kernel),
