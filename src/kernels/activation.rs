@@ -66,6 +66,11 @@ impl<T: Scalar> Affine<T> {
 /// lanes would lose digits.
 const BLOCK: usize = 32;
 
+/// Elements from one that is read to the one that is asked for meanwhile, where tensors come from memory: the
+/// processor itself asks ahead inside a page alone. A training step of an xUnit with batch norm takes 0.93 to 0.98 of the time so
+/// (Xeon with 2 MiB of second-level cache; 2 KiB to 8 KiB are alike).
+const AHEAD: usize = 1024;
+
 /// Calls `$body` for every vector of `$len` elements in order, with `$at` its first element and
 /// `$n` the elements it holds; `$flush` after every [`BLOCK`] vectors and at the end.
 macro_rules! each_vector {
@@ -289,6 +294,9 @@ impl<T: Scalar> Kernel<T> for GateGradient<'_, T> {
             simd,
             e.len(),
             |at, n| {
+                for tensor in [grad, x, d] {
+                    simd.prefetch(tensor.as_ptr().wrapping_add(at + AHEAD));
+                }
                 let d = load(simd, d, at, n);
                 let u = affine.apply(simd, d);
                 let value = gate.value(simd, u);
@@ -413,6 +421,7 @@ impl<T: Scalar> Kernel<T> for FillGradient<'_, T> {
                 simd,
                 grad.len(),
                 |at, n| {
+                    simd.prefetch(d.as_ptr().wrapping_add(at + AHEAD));
                     let (e, d) = (load(simd, grad, at, n), load(simd, d, at, n));
                     let v = self.norm.apply(simd, e, d);
                     store(simd, v, out, at, n);
