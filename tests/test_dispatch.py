@@ -371,6 +371,35 @@ def test_nan_check_of_anomaly_mode_works():
         xUnit(3, 3, True)(torch.randn(2, 3, 6, 6)).sum().backward()
 
 
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("bn", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_evaluation_is_one_call_of_the_kernels(unit, bn, dtype, kernels):
+    torch.manual_seed(0)
+    module = unit(3, 5, bn, gate="gaussian", backend="rust", dtype=dtype).eval()
+    x = torch.randn(2, 3, 7, 6, dtype=dtype)
+    want = plain(module, x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), want)
+        assert kernels == ["xunit_evaluate"]
+        with torch.inference_mode():
+            assert torch.equal(module(x), module(x.clone()))
+        del kernels[:]
+        # Whatever is not plain takes the longer way, to the same result.
+        aside = torch.randn(2, 3, 6, 7, dtype=dtype).transpose(2, 3)
+        torch.testing.assert_close(module(aside), plain(module, aside))
+        assert kernels == ["xunit_forward"]
+        weight = module.features[-3].weight
+        weight.data = weight.data.mT
+        torch.testing.assert_close(module(x), plain(module, x))
+        assert kernels[1:] == ["xunit_evaluate", "xunit_forward"]
+        weight.data = weight.data.contiguous()
+        if bn:  # of whose statistics there are none
+            module.features[-2].running_mean = module.features[-2].running_var = None
+            torch.testing.assert_close(module(x), plain(module, x))
+            assert kernels[3:] == ["xunit_evaluate", "xunit_forward"]
+
+
 def test_threads_are_torchs(monkeypatch):
     seen = []
 

@@ -17,6 +17,7 @@ __all__ = [
     "memory_bandwidth",
     "use_torch",
     "xunit_backward",
+    "xunit_evaluate",
     "xunit_evaluate_channels_last",
     "xunit_forward",
 ]
@@ -56,6 +57,15 @@ def depthwise_conv2d_backward(
     threads: int,
     channels_last: bool = False,
 ) -> None: ...
+def xunit_evaluate(
+    variant: str,
+    gate: str,
+    operands: tuple[_Array, _Array | None, _Array | None, _Array, _Array | None],
+    norms: tuple[tuple[Any, ...] | None, tuple[Any, ...] | None],
+    out: _Array,
+    threads: int,
+    parameter: type,
+) -> bool: ...
 def xunit_evaluate_channels_last(
     variant: str,
     gate: str,

@@ -601,7 +601,8 @@ impl<T: Scalar> Backward<'_, T> {
         let mut output = Window::new(geometry);
         let (ld, strip) = (input.ld, input.strip(geometry));
         let mut tiles = Scratch::new(weight.scratch(strip, batch.w));
-        for n in 0..batch.n {
+        // Back from the last image, of which the cache holds more than of the first ones.
+        for n in (0..batch.n).rev() {
             if !waits2 {
                 gate_gradient(n, sum, &mut on_its_way[at(n)], &mut direct[direct_at(n)]);
             }

@@ -29,7 +29,9 @@ mod _core {
     #[pymodule_export]
     use super::tensor::{is_plain, use_torch};
     #[pymodule_export]
-    use super::xunit::{xunit_backward, xunit_evaluate_channels_last, xunit_forward};
+    use super::xunit::{
+        xunit_backward, xunit_evaluate, xunit_evaluate_channels_last, xunit_forward,
+    };
     #[pymodule_export]
     use super::{build_info, default_threads};
 

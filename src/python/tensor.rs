@@ -103,12 +103,20 @@ fn look(object: &Bound<'_, PyAny>, view_of: FromPyObject) -> PyResult<DlTensor> 
 #[pyfunction]
 #[pyo3(signature = (tensors, parameter))]
 pub fn is_plain(tensors: &Bound<'_, PyTuple>, parameter: &Bound<'_, PyType>) -> bool {
-    let py = tensors.py();
+    are_plain(tensors.iter(), parameter)
+}
+
+/// [`is_plain`]
+pub(super) fn are_plain<'py>(
+    tensors: impl Iterator<Item = Bound<'py, PyAny>>,
+    parameter: &Bound<'py, PyType>,
+) -> bool {
+    let py = parameter.py();
     let Some((kind, view_of)) = TORCH.get(py) else {
         return false;
     };
     let mut bits = 0;
-    for (i, tensor) in tensors.iter().enumerate() {
+    for (i, tensor) in tensors.enumerate() {
         if tensor.is_none() {
             continue;
         }

@@ -4,7 +4,9 @@ use std::ops::Range;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::{PyTuple, PyType};
 
+use super::tensor::are_plain;
 use super::{Number, View, by_dtype, detached, disjoint};
 use crate::kernels::activation::Gate;
 use crate::ops::{
@@ -26,6 +28,16 @@ type ForwardNorm<'py> = (
     f64,
     bool,
     Option<(Array<'py>, Array<'py>, f64)>,
+);
+/// A `BatchNormState`: weight, bias, mean, var, eps, momentum, num_batches_tracked.
+type State<'py> = (
+    Option<Array<'py>>,
+    Option<Array<'py>>,
+    Option<Array<'py>>,
+    Option<Array<'py>>,
+    f64,
+    Array<'py>,
+    Array<'py>,
 );
 /// (weight or None, bias or None, mean, var, eps, batch, gradient of weight, gradient of bias): mean
 /// and var are float64.
@@ -303,6 +315,48 @@ fn forward<'py, T: Number>(
     let threads = Threads::Host(threads);
     detached(py, || ops::xunit_forward(&unit, batch, layout, x, output, threads))??;
     Ok(())
+}
+
+/// xunit_forward in evaluation, if all tensors [`is_plain`](super::tensor::is_plain) and batch norm is given
+/// its statistics; else False, and nothing is done. One call, because Python takes longer than a small tensor.
+///
+/// operands: x (N, C, H, W), pw_weight, pw_bias, weight, bias; norms: None or a `BatchNormState` each;
+/// parameter: `torch.nn.Parameter`.
+#[pyfunction]
+#[pyo3(signature = (variant, gate, operands, norms, out, threads, parameter))]
+pub fn xunit_evaluate<'py>(
+    variant: &str,
+    gate: &str,
+    operands: [Option<Array<'py>>; 5],
+    norms: [Option<Bound<'py, PyTuple>>; 2],
+    out: &Array<'py>,
+    threads: usize,
+    parameter: &Bound<'py, PyType>,
+) -> PyResult<bool> {
+    let kind = (variant_of(variant)?, gate_of(gate)?);
+    let mut states = [None, None];
+    for (state, norm) in states.iter_mut().zip(norms) {
+        if let Some(norm) = norm {
+            let (weight, bias, mean, var, eps, ..): State<'py> = norm.extract()?;
+            let (Some(mean), Some(var)) = (mean, var) else {
+                return Ok(false);
+            };
+            *state = Some((weight, bias, mean, var, eps, false, None));
+        }
+    }
+    let of_norms = states.iter().flatten().flat_map(|(weight, bias, mean, var, ..)| {
+        [weight.as_ref(), bias.as_ref(), Some(mean), Some(var)].into_iter().flatten()
+    });
+    if !are_plain(operands.iter().flatten().chain(of_norms).cloned(), parameter) {
+        return Ok(false);
+    }
+    let [Some(x), operands @ ..] = &operands else {
+        return Err(PyValueError::new_err("there is no x"));
+    };
+    let parameters = operands.each_ref().map(Option::as_ref);
+    let how = (Layout::Planes, threads);
+    by_dtype!(x, forward(kind, x, parameters, states, [Some(out), None, None], how))?;
+    Ok(true)
 }
 
 /// xunit_forward of x (N, H, W, C), float32, in evaluation: the batch norms use the statistics that
