@@ -232,7 +232,6 @@ impl<T: Scalar> Owned<T> {
     }
 }
 
-/// (N, H, W, C) from (N, C, H, W).
 /// `x`: what `got` is to have as the gradient to x.
 fn same_gradients<T: Scalar>(
     got: &XUnitGradients<T>,
@@ -251,6 +250,7 @@ fn same_gradients<T: Scalar>(
     same_bits(&parameters(got), &parameters(want), || format!("gradients to parameters {how}"));
 }
 
+/// (N, H, W, C) from (N, C, H, W).
 fn to_channels_last<T: Scalar>(batch: Batch, t: &[T]) -> Vec<T> {
     let at = |i: usize| {
         let (pixel, c) = (i / batch.c, i % batch.c);

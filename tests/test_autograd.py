@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -172,6 +173,11 @@ def test_backward_twice_and_checkpoint(backend):
     assert torch.equal(a, c)
 
 
+needs_counts = pytest.mark.skipif(
+    not hasattr(torch._C, "_storage_Use_Count"), reason="this torch counts no uses of memory"
+)
+
+
 @pytest.fixture
 def in_place(monkeypatch):
     """For each backward pass whether the gradient took the place of what forward saved."""
@@ -187,6 +193,7 @@ def in_place(monkeypatch):
     return found
 
 
+@needs_counts
 @pytest.mark.parametrize("unit", [xUnit, xUnitS, xUnitD])
 def test_a_gradient_takes_the_place_of_what_nobody_reads_again(unit, in_place):
     torch.manual_seed(0)
@@ -209,38 +216,69 @@ def test_a_gradient_takes_the_place_of_what_nobody_reads_again(unit, in_place):
     same(step(out))
     assert in_place == [False, False, True]
 
-    # Somebody has them still: all, one, or a view of one.
+    # Somebody has them still: all, one, its memory, or a graph.
     last = 9 if unit is not xUnitD else 10
+    factor = torch.ones((), requires_grad=True)
     holders = [
         lambda saved: saved,
         lambda saved: saved[last],
         lambda saved: saved[last].view(-1),
         lambda saved: saved[last].untyped_storage(),
         lambda saved: saved[last].numpy(),
+        lambda saved: np.from_dlpack(saved[last]),
+        lambda saved: torch.from_dlpack(saved[last]),
+        lambda saved: saved[last] * factor,
     ]
     for hold in holders:
         out = module(x)
         held = hold(out.grad_fn.saved_tensors)
         same(step(out))
-        assert in_place[-1] is False
         if isinstance(held, tuple):
             for a, b in zip(held, kept, strict=True):
                 assert a is None or torch.equal(a, b)
+    (found,) = torch.autograd.grad(held.sum(), factor)
+    torch.testing.assert_close(found, kept[last].sum())
     assert in_place[3:] == [False] * len(holders)
 
     # Hooks: those that keep the tensors, and those that give back others.
-    seen = []
+    stored = {}
 
-    def keep(t):
-        seen.append(t)
-        return t
+    def store(t):
+        stored[len(stored)] = t
+        return len(stored) - 1
 
-    for pack, unpack in [(keep, lambda t: t), (torch.clone, lambda t: t)]:
+    hooks = [(store, stored.get), (torch.clone, lambda t: t), (lambda t: t.numpy(), torch.tensor)]
+    for pack, unpack in hooks:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             out = module(x)
         same(step(out))
-        assert in_place[-1] is False
     same(torch.autograd.grad(checkpoint(module, x, use_reentrant=False).sum(), wanted))
+    assert in_place[3:] == [False] * (len(holders) + len(hooks) + 1)
+
+
+@needs_counts
+def test_what_a_gradient_took_the_place_of_is_gone(in_place, monkeypatch):
+    module = xUnit(8, 3, True, backend="rust")
+    x = torch.randn(2, 8, 128, 128, requires_grad=True)
+    out = module(x)
+    node, seen = out.grad_fn, []
+
+    def after(*_):
+        with pytest.raises(RuntimeError, match="inplace"):
+            seen.append(node.saved_tensors)
+
+    node.register_hook(after)
+    out.sum().backward()
+    assert in_place == [True] and seen == []
+
+    # An exception keeps the graph; the next backward pass would read what is there now.
+    out = module(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(_autograd, "_gradients", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            out.sum().backward()
+    with pytest.raises(RuntimeError, match="inplace"):
+        out.sum().backward()
 
 
 def test_small_and_channels_last_gradients_have_places_of_their_own(in_place):

@@ -371,6 +371,7 @@ def test_nan_check_of_anomaly_mode_works():
         xUnit(3, 3, True)(torch.randn(2, 3, 6, 6)).sum().backward()
 
 
+@pytest.mark.skipif(not _autograd._TAKES_TENSORS, reason="of torch 2.10 on")
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("bn", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -398,6 +399,19 @@ def test_evaluation_is_one_call_of_the_kernels(unit, bn, dtype, kernels):
             module.features[-2].running_mean = module.features[-2].running_var = None
             torch.testing.assert_close(module(x), plain(module, x))
             assert kernels[3:] == ["xunit_evaluate", "xunit_forward"]
+
+
+@torch.no_grad()
+def test_evaluation_of_tensors_that_are_not_strided(calls):
+    auto, rust = (xUnit(4, 3, backend=backend).eval() for backend in ("auto", "rust"))
+    x = torch.randn(2, 4, 6, 6)
+    if torch.backends.mkldnn.is_available():
+        with pytest.raises(RuntimeError, match="not strided"):
+            rust(x.to_mkldnn())
+        torch.testing.assert_close(auto(x.to_mkldnn()).to_dense(), plain(auto, x))
+    with pytest.raises(RuntimeError, match="not strided"):
+        rust(x.to_sparse())
+    assert calls.count == 0
 
 
 def test_threads_are_torchs(monkeypatch):

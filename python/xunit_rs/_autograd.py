@@ -131,10 +131,11 @@ def xunit(
     x = operands[0]
     compiling = torch.compiler.is_compiling()
     if not compiling and _is_quick(x, training):
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        found = torch.empty_like(x, memory_format=torch.contiguous_format)
         threads = torch.get_num_threads()
-        if _core.xunit_evaluate(variant, gate, operands, norms, out, threads, Parameter):
-            return out
+        if _core.xunit_evaluate(variant, gate, operands, norms, found, threads, Parameter):
+            return found
+        del found
     vectors = [t for bn in norms if bn is not None for t in bn[:4]]
     reason = _obstacle(x, operands[1:], vectors, compiling)
     if reason is not None:
@@ -164,10 +165,14 @@ def xunit(
 
 
 def _is_quick(x: Tensor, training: tuple[bool, bool]) -> bool:
-    """Whether an evaluation may be a single call of the kernels, if the tensors are plain."""
+    """Whether an evaluation may be one call of the kernels, if the other tensors are as x is."""
     return (
         not (training[0] or training[1] or torch.is_grad_enabled())
-        and _NO_CORE is None
+        and _TAKES_TENSORS
+        and type(x) is Tensor
+        and x.is_cpu
+        and x.layout is torch.strided
+        and x.dtype in (torch.float32, torch.float64)
         and _mode() is None
         and x.is_contiguous()
         and x.numel() > 0
@@ -597,9 +602,6 @@ class _XUnit(torch.autograd.Function):
         *inputs, call = args
         out, (d, p), ctx.statistics = _unit_forward(inputs, call, save=True)
         ctx.save_for_backward(*inputs, d, p)
-        last = d if p is None else p
-        assert last is not None
-        ctx.place = last.data_ptr()
         ctx.set_materialize_grads(False)
         ctx.call = call
         return out
@@ -609,15 +611,16 @@ class _XUnit(torch.autograd.Function):
         if grad is None:
             return (None,) * 10
         saved = ctx.saved_tensors
+        inputs = saved[:9]
         call: _Unit = ctx.call
-        spent = _is_spent(saved, 10 if call.variant == "dense" else 9, ctx.place)
-        inputs, (d, p) = saved[:9], saved[9:11]
         needs = ctx.needs_input_grad[:9]
         if _must_replay(grad):
             return *_replay(
                 inputs, needs, grad, lambda t: _unit_reference(call, t, ctx.statistics)
             ), None
 
+        spent = _is_spent(saved, 10 if call.variant == "dense" else 9)
+        d, p = saved[9:11]
         return *_unit_backward(grad, inputs, (d, p), ctx.statistics, needs, call, spent), None
 
 
@@ -633,8 +636,8 @@ _uses_of_storage: Callable[[int], int] = getattr(torch._C, "_storage_Use_Count",
 
 
 def _references_of_torch() -> int:
-    """The references to a tensor's Python object that torch has while it keeps the tensor: 1, or 0
-    in older versions."""
+    """The references to a tensor's Python object that torch has while it keeps the tensor, too: 1,
+    or 0 in older versions."""
     t, keeper = torch.empty(1, device="cpu"), torch.empty(1, device="cpu")
     before = sys.getrefcount(t)
     keeper.grad = t
@@ -644,14 +647,15 @@ def _references_of_torch() -> int:
 _OF_TORCH = _references_of_torch()
 
 
-def _is_spent(saved: tuple[Vector, ...], i: int, place: int) -> bool:
-    """Whether `saved[i]` is what forward made, at `place`, and nobody reads it after the backward
-    pass that is running: nobody has got hold of it, by `grad_fn.saved_tensors`, say, or by hooks.
+def _is_spent(saved: tuple[Vector, ...], i: int) -> bool:
+    """Whether `saved[i]`, which forward made, is for nobody but the backward pass that is running:
+    nobody else has got hold of it, by `grad_fn.saved_tensors`, say, or by hooks.
     """
     t = saved[i]
-    if t is None or t.numel() * t.element_size() < _LARGE or t.data_ptr() != place:
+    if t is None or t.numel() * t.element_size() < _LARGE or _keeps_graph():
         return False
-    if _keeps_graph():
+    # Its Python object and the node that saved it. What hooks give back has only the first.
+    if t._use_count() != 2:
         return False
     storage = t.untyped_storage()
     # Objects as well known as the two, if torch, `saved` and this function alone know them.
@@ -683,10 +687,13 @@ def _unit_backward(
     layout = torch.channels_last if last else torch.contiguous_format
     if not spent or last:
         gx = torch.empty_like(x, dtype=dtype, memory_format=layout)
-    elif p is None:
-        gx, d = d, None
     else:
-        gx, p = p, None
+        if p is None:
+            gx, d = d, None
+        else:
+            gx, p = p, None
+        # Who asks for it again, after an exception or in a hook on the node, is told so.
+        torch.autograd.graph.increment_version(gx)
     grads: list[Vector] = [gx]
     grads += [None if t is None else _empty(t, dtype) for t in (pw_weight, pw_bias, weight, bias)]
     norms: list[Any] = []

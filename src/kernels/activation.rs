@@ -67,8 +67,8 @@ impl<T: Scalar> Affine<T> {
 const BLOCK: usize = 32;
 
 /// Elements from one that is read to the one that is asked for meanwhile, where tensors come from memory: the
-/// processor itself asks ahead inside a page alone. A training step of an xUnit with batch norm takes 0.93 to 0.98 of the time so
-/// (Xeon with 2 MiB of second-level cache; 2 KiB to 8 KiB are alike).
+/// processor itself asks ahead inside a page alone. A training step of an xUnit with batch norm takes 0.93 to
+/// 0.98 of the time so (Xeon with 2 MiB of second-level cache; 2 KiB to 8 KiB are alike).
 const AHEAD: usize = 1024;
 
 /// Calls `$body` for every vector of `$len` elements in order, with `$at` its first element and

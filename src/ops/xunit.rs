@@ -121,6 +121,7 @@ pub struct XUnitSaved<'a, T> {
 /// Where the gradients go; every element is written.
 #[derive(Debug)]
 pub struct XUnitGradients<'a, T> {
+    /// Holds what [`XUnitSaved`] leaves out, and is read then.
     pub x: &'a mut [T],
     /// Dense only.
     pub pointwise: Option<PointwiseGradients<'a, T>>,
@@ -601,7 +602,7 @@ impl<T: Scalar> Backward<'_, T> {
         let mut output = Window::new(geometry);
         let (ld, strip) = (input.ld, input.strip(geometry));
         let mut tiles = Scratch::new(weight.scratch(strip, batch.w));
-        // Back from the last image, of which the cache holds more than of the first ones.
+        // Back from the last image: where all have just been read, the cache holds more of the last ones.
         for n in (0..batch.n).rev() {
             if !waits2 {
                 gate_gradient(n, sum, &mut on_its_way[at(n)], &mut direct[direct_at(n)]);

@@ -317,11 +317,11 @@ fn forward<'py, T: Number>(
     Ok(())
 }
 
-/// xunit_forward in evaluation, if all tensors [`is_plain`](super::tensor::is_plain) and batch norm is given
-/// its statistics; else False, and nothing is done. One call, because Python takes longer than a small tensor.
+/// xunit_forward in evaluation, if is_plain says so of all tensors and batch norm is given its statistics;
+/// else False, and nothing is done. One call, because Python takes longer than a small tensor.
 ///
-/// operands: x (N, C, H, W), pw_weight, pw_bias, weight, bias; norms: None or a `BatchNormState` each;
-/// parameter: `torch.nn.Parameter`.
+/// operands: x (N, C, H, W), contiguous, pw_weight, pw_bias, weight, bias; norms: None or a
+/// BatchNormState each; parameter: torch.nn.Parameter.
 #[pyfunction]
 #[pyo3(signature = (variant, gate, operands, norms, out, threads, parameter))]
 pub fn xunit_evaluate<'py>(
