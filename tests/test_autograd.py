@@ -173,6 +173,8 @@ def test_backward_twice_and_checkpoint(backend):
     assert torch.equal(a, c)
 
 
+# Without the count nothing is ever taken to be spent: gradients have memory of their own, which the
+# other tests of this file cover. It is a private function, which a torch may lack.
 needs_counts = pytest.mark.skipif(
     not hasattr(torch._C, "_storage_Use_Count"), reason="this torch counts no uses of memory"
 )
