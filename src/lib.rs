@@ -5,6 +5,7 @@
 //! and is generic over the instruction set that [`simd`] hands it. [`mod@reference`] is the naive
 //! float64 twin that the tests compare everything with.
 
+pub mod caching_allocator;
 pub mod kernels;
 pub mod machine;
 pub mod memory;

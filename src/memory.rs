@@ -154,6 +154,26 @@ pub(crate) fn huge_pages(data: *mut u8, bytes: usize) {
     let _ = (data, bytes);
 }
 
+/// Whether there are pages behind so many bytes, as a page in their middle tells; where there are none, the first
+/// to write finds them cleared, and in the cache. False where the system does not tell.
+pub(crate) fn is_resident(data: *const u8, bytes: usize) -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        // A multiple of the size of any system's pages.
+        const UNIT: usize = 64 << 10;
+        let middle = data.wrapping_add(bytes / 2);
+        let page = middle.wrapping_sub(middle.addr() % UNIT);
+        let mut found = 0;
+        // SAFETY: it writes one byte, for the one page; where there is no memory, it says so.
+        unsafe { libc::mincore(page.cast_mut().cast(), 1, &mut found) == 0 && found & 1 == 1 }
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = (data, bytes);
+        false
+    }
+}
+
 /// What `f` returns, or that it found too little memory.
 pub fn enough<R>(f: impl FnOnce() -> R) -> Result<R, NoMemory> {
     catch_unwind(AssertUnwindSafe(f)).map_err(|panic| match panic.downcast() {
@@ -183,6 +203,18 @@ mod tests {
                 assert!(one.len() == len && one.iter().all(|&x| x == i as f32 + 1.0));
             }
         }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn memory_is_resident_once_it_is_written() {
+        let bytes = 64 << 20;
+        let mut zeros = vec![0u8; bytes];
+        let data = zeros.as_mut_ptr();
+        assert!(!is_resident(data, bytes));
+        zeros[bytes / 2 - (100 << 10)..bytes / 2 + 1].fill(1);
+        assert!(is_resident(data, bytes));
+        assert!(!is_resident(std::ptr::null(), 0));
     }
 
     #[test]

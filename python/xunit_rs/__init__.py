@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._info import info
+    from ._memory import empty_cache
     from .convert import accelerate, find_relus, replace_relu
     from .denoise import Denoiser
     from .modules import DepthwiseConv2d, Gaussian, xUnit, xUnitD, xUnitS
@@ -24,6 +25,7 @@ _HOMES = {
     "xUnitD": "modules",
     "xUnitS": "modules",
     "accelerate": "convert",
+    "empty_cache": "_memory",
     "find_relus": "convert",
     "replace_relu": "convert",
     "Denoiser": "denoise",
@@ -49,6 +51,7 @@ __all__ = [
     "Gaussian",
     "__version__",
     "accelerate",
+    "empty_cache",
     "find_relus",
     "info",
     "replace_relu",

@@ -8,6 +8,7 @@ definition the caller passed in as `fallback`; `_obstacle` is the list of what t
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -53,6 +54,8 @@ _LANES = int(_core.build_info()["lanes"]) if _NO_CORE is None else 1
 
 BACKENDS = ("auto", "rust", "torch")
 GATES = ("sigmoid", "gaussian")
+# Elements from which on the caching allocator may have memory for a tensor.
+_KEPT = 1 << 20
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
 
@@ -131,7 +134,7 @@ def xunit(
     x = operands[0]
     compiling = torch.compiler.is_compiling()
     if not compiling and _is_quick(x, training):
-        found = torch.empty_like(x, memory_format=torch.contiguous_format)
+        found = _fresh(x.shape, x.dtype)
         threads = torch.get_num_threads()
         if _core.xunit_evaluate(variant, gate, operands, norms, found, threads, Parameter):
             return found
@@ -352,6 +355,17 @@ def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
+def _fresh(shape: Sequence[int], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
+    """A tensor of any content, float32 or float64, for the kernels to write: a large one in memory
+    that was another one before, which takes the system no time."""
+    if math.prod(shape) >= _KEPT:
+        capsule = _core.empty(tuple(shape), dtype is torch.float64, channels_last)
+        if capsule is not None:
+            return torch.from_dlpack(capsule)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="cpu", memory_format=layout)
+
+
 def _given_back(t: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     """`t` as a tensor of `dtype`, channels_last if `like` is."""
     if t.dtype is not dtype:
@@ -384,8 +398,7 @@ def _output_size(x: Tensor, weight: Tensor, call: _Conv) -> tuple[int, ...]:
 def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Conv) -> Tensor:
     dtype = _compute_dtype(x.dtype)
     last = _in_channels_last(x)
-    layout = torch.channels_last if last else torch.contiguous_format
-    y = torch.empty(_output_size(x, weight, call), dtype=dtype, memory_format=layout)
+    y = _fresh(_output_size(x, weight, call), dtype, last)
     _core.depthwise_conv2d(
         _ready(_in_order(x, last), dtype),
         _ready(weight, dtype),
@@ -437,13 +450,12 @@ def _conv_backward(
     x, weight, _ = inputs
     assert x is not None and weight is not None
     dtype = _compute_dtype(x.dtype)
-    grads = [
-        _empty(t, dtype) if need and t is not None else None
-        for t, need in zip(inputs, needs, strict=True)
-    ]
     last = _in_channels_last(x)
-    if last and grads[0] is not None:
-        grads[0] = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
+    grads: list[Vector] = [_fresh(x.shape, dtype, last) if needs[0] else None]
+    grads += [
+        _empty(t, dtype) if need and t is not None else None
+        for t, need in zip(inputs[1:], needs[1:], strict=True)
+    ]
     _core.depthwise_conv2d_backward(
         _ready(_in_order(grad, last), dtype),
         _ready(_in_order(x, last), dtype),
@@ -551,7 +563,7 @@ def _unit_forward(
     )
     evaluates = all(bn is None or bn.mean is not None for bn in call.norms)
     if not save and evaluates and _evaluates_channels_last(x):
-        out = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
+        out = _fresh(x.shape, dtype, channels_last=True)
         _core.xunit_evaluate_channels_last(
             call.variant,
             call.gate,
@@ -562,10 +574,9 @@ def _unit_forward(
         )
         return out.to(x.dtype), (None, None), statistics
     last = not x.is_contiguous() and _is_channels_last(x)
-    layout = torch.channels_last if last else torch.contiguous_format
-    out = torch.empty_like(x, dtype=dtype, memory_format=layout)
-    d = _empty(x, dtype) if save else None
-    p = _empty(x, dtype) if save and call.variant == "dense" else None
+    out = _fresh(x.shape, dtype, last)
+    d = _fresh(x.shape, dtype) if save else None
+    p = _fresh(x.shape, dtype) if save and call.variant == "dense" else None
     _core.xunit_forward(
         call.variant,
         call.gate,
@@ -684,9 +695,8 @@ def _unit_backward(
     assert x is not None and weight is not None and d is not None
     dtype = _compute_dtype(x.dtype)
     last = not x.is_contiguous() and _is_channels_last(x)
-    layout = torch.channels_last if last else torch.contiguous_format
     if not spent or last:
-        gx = torch.empty_like(x, dtype=dtype, memory_format=layout)
+        gx = _fresh(x.shape, dtype, last)
     else:
         if p is None:
             gx, d = d, None

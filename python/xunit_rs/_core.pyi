@@ -12,6 +12,8 @@ __all__ = [
     "default_threads",
     "depthwise_conv2d",
     "depthwise_conv2d_backward",
+    "empty",
+    "empty_cache",
     "fma_peak",
     "is_plain",
     "memory_bandwidth",
@@ -33,6 +35,8 @@ _BackwardNorm: TypeAlias = tuple[
 
 def use_torch(tensor: type, exchange_api: Any, parallel_for: int | None) -> bool: ...
 def is_plain(tensors: tuple[Any, ...], parameter: type) -> bool: ...
+def empty(shape: tuple[int, ...], double: bool, channels_last: bool) -> Any | None: ...
+def empty_cache() -> int: ...
 def depthwise_conv2d(
     x: _Array,
     weight: _Array,

@@ -31,6 +31,7 @@ pub use xunit::{
 
 use crate::kernels::MAX_LANES;
 use crate::kernels::activation::Target;
+use crate::memory;
 use crate::shape::{Batch, Geometry, ShapeError, shape_error};
 use crate::simd::{self, Scalar};
 
@@ -45,10 +46,11 @@ struct Planes<'a, T> {
     tensor: PhantomData<&'a mut [T]>,
 }
 
-/// Bytes of a result that is written past the caches, where the instruction set can. A larger one is mostly of
-/// fresh pages, which the system has just cleared in the cache. Time over that of plain stores (Xeon, one
-/// thread): 0.85 to 0.9 of the unit's evaluation at 16 and 26 MB, but 1.08 to 1.13 at 67.
-const STREAMED: Range<usize> = 8 << 20..32 << 20;
+/// Bytes from which on a result is written past the caches, where the instruction set can; from the second number
+/// on unless it is of fresh pages, which the system has just cleared in the cache: smaller ones seldom are. Time
+/// over that of plain stores (Xeon, one thread): 0.85 to 0.9 of the unit's evaluation at 16 and 26 MB, and at 67 MB
+/// 0.84, but 1.15 with fresh pages.
+const STREAMED: [usize; 2] = [8 << 20, 32 << 20];
 
 // SAFETY: `plane` hands out disjoint planes to tasks that name different (n, c).
 unsafe impl<T: Send> Sync for Planes<'_, T> {}
@@ -63,7 +65,10 @@ impl<'a, T> Planes<'a, T> {
     where
         T: Scalar,
     {
-        let stream = simd::streams::<T>() && STREAMED.contains(&size_of_val(tensor));
+        let bytes = size_of_val(tensor);
+        let stream = simd::streams::<T>()
+            && bytes >= STREAMED[0]
+            && (bytes < STREAMED[1] || memory::is_resident(tensor.as_ptr().cast(), bytes));
         Self { stream, ..Self::new(tensor, batch) }
     }
 

@@ -1,5 +1,6 @@
 //! `xunit_rs._core`: numpy arrays or torch tensors in and out, the GIL released in between.
 
+mod block;
 mod depthwise;
 mod network;
 mod peak;
@@ -21,6 +22,8 @@ use crate::simd::Scalar;
 #[pymodule]
 mod _core {
     #[pymodule_export]
+    use super::block::{empty, empty_cache};
+    #[pymodule_export]
     use super::depthwise::{depthwise_conv2d, depthwise_conv2d_backward};
     #[pymodule_export]
     use super::network::Network;
@@ -37,17 +40,19 @@ mod _core {
 
     use pyo3::prelude::*;
 
-    /// A misspelt XUNIT_ISA or XUNIT_NUM_THREADS must not pass unnoticed.
+    /// A misspelt XUNIT_ISA, XUNIT_NUM_THREADS or XUNIT_CACHE_MB must not pass unnoticed.
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         use pyo3::exceptions::PyValueError;
         crate::simd::requested().map_err(PyValueError::new_err)?;
         crate::parallel::requested_threads().map_err(PyValueError::new_err)?;
+        crate::caching_allocator::requested_limit().map_err(PyValueError::new_err)?;
         // What is made once a process is made now: a child that is forked while another thread is at
         // it would wait for ever.
         let array = super::array(module.py(), vec![0.0f32], &[1])?;
         let _ = array.cast::<numpy::PyArrayDyn<f64>>().is_ok();
         crate::parallel::warm_up();
+        crate::caching_allocator::empty_cache();
         Ok(())
     }
 }

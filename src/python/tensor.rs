@@ -20,21 +20,21 @@ use crate::parallel::{self, ParallelFor};
 
 /// The head of DLPack's `DLTensor`, version 1.
 #[repr(C)]
-struct DlTensor {
-    data: *mut c_void,
-    device_type: i32,
-    device_id: i32,
-    ndim: i32,
-    code: u8,
-    bits: u8,
-    lanes: u16,
-    shape: *const i64,
-    strides: *const i64,
-    byte_offset: u64,
+pub(super) struct DlTensor {
+    pub(super) data: *mut c_void,
+    pub(super) device_type: i32,
+    pub(super) device_id: i32,
+    pub(super) ndim: i32,
+    pub(super) code: u8,
+    pub(super) bits: u8,
+    pub(super) lanes: u16,
+    pub(super) shape: *const i64,
+    pub(super) strides: *const i64,
+    pub(super) byte_offset: u64,
 }
 
-const DL_CPU: i32 = 1;
-const DL_FLOAT: u8 = 2;
+pub(super) const DL_CPU: i32 = 1;
+pub(super) const DL_FLOAT: u8 = 2;
 
 type FromPyObject = unsafe extern "C" fn(*mut c_void, *mut DlTensor) -> i32;
 
@@ -173,7 +173,7 @@ impl DlTensor {
 const ADVISED: usize = 4 << 20;
 
 /// The most dimensions that any argument has.
-const MAX_DIMS: usize = 4;
+pub(super) const MAX_DIMS: usize = 4;
 
 /// An array or tensor: contiguous, aligned, native, of the element type `T`. Its memory lives as
 /// long as the object, which `'py` keeps alive.
