@@ -317,6 +317,63 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> F32<I, TILE_VECTORS> {
 /// Below, the exponential is no normal number.
 const LEAST: f32 = -87.336_54;
 
+/// [`Simd::exp`] of x, or of −x if NEGATE, with sixteenths of powers of two from a register, so that half the
+/// polynomial will do.
+///
+/// # Safety
+/// On a CPU with AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn avx512_exp<const NEGATE: bool>(
+    x: std::arch::x86_64::__m512,
+) -> std::arch::x86_64::__m512 {
+    use std::arch::x86_64::*;
+    // 2^(i / 16)
+    const ROOTS: [f32; 16] = [
+        1.0,
+        1.044_273_7,
+        1.090_507_7,
+        1.138_788_6,
+        1.189_207_1,
+        1.241_857_8,
+        1.296_839_6,
+        1.354_255_6,
+        std::f32::consts::SQRT_2,
+        1.476_826_2,
+        1.542_210_8,
+        1.610_490_3,
+        1.681_792_9,
+        1.756_252_2,
+        1.834_008_1,
+        1.915_206_6,
+    ];
+    // SAFETY: the caller's promise; there are sixteen roots.
+    unsafe {
+        let splat = |x: f32| _mm512_set1_ps(x);
+        // ±x = n · ln 2 + r with n a multiple of 1 / 16: the sum with 1.5 · 2¹⁹ has no finer fraction, and n's
+        // sixteenths in its last four bits, which are all that the permutation looks at.
+        let (sign, magic) = (if NEGATE { -1.0 } else { 1.0 }, splat(786_432.0));
+        let sum = _mm512_fmadd_ps(x, splat(sign * std::f32::consts::LOG2_E), magic);
+        let n = _mm512_sub_ps(sum, magic);
+        let root = _mm512_permutexvar_ps(_mm512_castps_si512(sum), _mm512_loadu_ps(ROOTS.as_ptr()));
+        // ln 2 in two parts, of which the products of n and the first are exact.
+        let first = splat(0.693_359_4);
+        let r = if NEGATE { _mm512_fnmsub_ps(n, first, x) } else { _mm512_fnmadd_ps(n, first, x) };
+        let r = _mm512_fmadd_ps(n, splat(2.121_944_4e-4), r);
+        // exp(r) − 1 = r · p within 1e-8 where |r| ≤ ln 2 / 32.
+        let p = _mm512_fmadd_ps(_mm512_fmadd_ps(r, splat(1.0 / 6.0), splat(0.5)), r, splat(1.0));
+        let y = _mm512_fmadd_ps(_mm512_mul_ps(root, r), p, root);
+        // Subnormal numbers would take 280 cycles; they are masked. NaN is not.
+        let normal = if NEGATE {
+            _mm512_cmp_ps_mask::<_CMP_NGT_UQ>(x, splat(-LEAST))
+        } else {
+            _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, splat(LEAST))
+        };
+        // By 2^⌊n⌋.
+        _mm512_maskz_scalef_ps(normal, y, n)
+    }
+}
+
 impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
     type V = I::F32;
     const TILE_VECTORS: usize = TILE_VECTORS;
@@ -406,6 +463,11 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
     }
     #[inline(always)]
     fn exp(self, x: I::F32) -> I::F32 {
+        #[cfg(target_arch = "x86_64")]
+        if const { Self::AVX512 } {
+            // SAFETY: see `AVX512`.
+            return unsafe { transmute_copy(&avx512_exp::<false>(transmute_copy(&x))) };
+        }
         // rten-vecmath's `Exp` has the same steps, and twice as many for x > 0 and for results that
         // are no normal numbers.
         let (ops, ints) = (self.0.f32(), self.0.i32());
@@ -421,18 +483,6 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
             y = ops.mul_add(y, r, ops.splat(coefficient));
         }
         let least = ops.splat(LEAST);
-        #[cfg(target_arch = "x86_64")]
-        if const { Self::AVX512 } {
-            use std::arch::x86_64::{
-                __m512, _CMP_NLT_UQ, _mm512_cmp_ps_mask, _mm512_maskz_scalef_ps,
-            };
-            // SAFETY: see `AVX512`. Subnormal numbers would take 280 cycles; they are masked.
-            unsafe {
-                let of = |v: I::F32| transmute_copy::<I::F32, __m512>(&v);
-                let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(of(x), of(least));
-                return transmute_copy(&_mm512_maskz_scalef_ps(normal, of(y), of(n)));
-            }
-        }
         let power = ints.shift_left::<23>(ints.add(ops.to_int_trunc(n), ints.splat(127)));
         let y = ops.mul(y, power.reinterpret_cast());
         ops.select(ops.zero(), y, ops.lt(x, least))
@@ -454,6 +504,14 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
     fn sigmoid(self, x: I::F32) -> I::F32 {
         // rten-vecmath's `Sigmoid` takes more steps for the same.
         let ops = self.0.f32();
+        #[cfg(target_arch = "x86_64")]
+        let e = if const { Self::AVX512 } {
+            // SAFETY: see `AVX512`.
+            unsafe { transmute_copy(&avx512_exp::<true>(transmute_copy(&x))) }
+        } else {
+            self.exp(ops.neg(x))
+        };
+        #[cfg(not(target_arch = "x86_64"))]
         let e = self.exp(ops.neg(x));
         let y = self.reciprocal(ops.add(ops.one(), e));
         // Where it is no normal number, the exponential of −x may be none at all.
