@@ -9,7 +9,8 @@ Counted are resident pages, by the kernel: its high-water mark (VmHWM) is put ba
 resident now, by writing 5 to /proc/self/clear_refs, and read after the step. That sees everything,
 whoever allocated it: PyTorch, oneDNN, Rust. A step of the smallest size goes first, so that code
 and thread pools are loaded, and MALLOC_MMAP_THRESHOLD_ gives every tensor pages of its own, which
-leave with it, instead of a place in a heap that only grows. Linux alone has these; elsewhere it
+leave with it, instead of a place in a heap that only grows. What our caching allocator keeps counts
+as well; after a step of the smallest size that is nothing. Linux alone has these; elsewhere it
 exits with 3.
 """
 

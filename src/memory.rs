@@ -31,7 +31,7 @@ pub(crate) fn filled<T: Copy>(len: usize, value: T) -> Vec<T> {
 pub(crate) struct Line(pub(crate) [u8; 64]);
 
 /// Bytes of a huge page.
-const PAGE: usize = 2 << 20;
+pub(crate) const PAGE: usize = 2 << 20;
 
 /// Memory of the system's allocator, zeroed.
 #[derive(Debug)]

@@ -16,9 +16,10 @@ import xunit_rs
 
 torch = pytest.importorskip("torch")
 
-from xunit_rs import _autograd  # noqa: E402
+from xunit_rs import _autograd, _core  # noqa: E402
 
 SHAPE = (2, 16, 256, 256)  # 8 MiB
+MIB = {n: n << 20 for n in (8, 10)}
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is kept on Linux alone")
 
 
@@ -51,7 +52,7 @@ def test_a_fresh_tensor_is_as_torchs(shape, dtype, channels_last):
 @linux
 def test_memory_is_kept_from_one_tensor_to_the_next_and_given_back():
     t = fresh()
-    at, bytes_ = t.data_ptr(), t.numel() * 4
+    at = t.data_ptr()
     assert xunit_rs.empty_cache() == 0
     del t
     t = fresh()
@@ -59,52 +60,75 @@ def test_memory_is_kept_from_one_tensor_to_the_next_and_given_back():
     # Not while a view, an array or the storage is there.
     for keep in (lambda t: t[0, 0], torch.Tensor.numpy, torch.Tensor.untyped_storage):
         kept = keep(t)
+        del t
         t = fresh()
         assert t.data_ptr() != at
         at = t.data_ptr()
         del kept
-        xunit_rs.empty_cache()
-    # Nor of another size.
+        assert xunit_rs.empty_cache() == MIB[8]
+    # Nor of a much larger or a smaller size.
     del t
-    assert fresh(2, 16, 256, 320).data_ptr() != at
-    assert xunit_rs.empty_cache() >= bytes_
+    assert fresh(2, 16, 256, 384).data_ptr() != at
+    t = fresh(2, 16, 256, 320)
+    at = t.data_ptr()
+    del t
+    xunit_rs.empty_cache()
+    t = fresh(2, 16, 256, 320)
+    at = t.data_ptr()
+    del t
+    assert fresh().data_ptr() == at
+    assert xunit_rs.empty_cache() == MIB[10]
     assert xunit_rs.empty_cache() == 0
 
 
 @linux
-def test_units_and_convolutions_use_it_and_small_tensors_do_not():
-    unit = xunit_rs.xUnit(16, 7, True, backend="rust")
-    conv = xunit_rs.DepthwiseConv2d(16, 3, padding=1, backend="rust")
-    x = torch.randn(SHAPE)
-    for net in (unit, unit.eval(), conv):
-        with torch.no_grad():
-            out = net(x)
-        at = out.data_ptr()
-        del out
-        with torch.no_grad():
-            assert net(x).data_ptr() == at
-    assert xunit_rs.empty_cache() > 0
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["xUnit", "xUnitS", "xUnitD", "DepthwiseConv2d"])
+def test_results_saved_tensors_and_gradients_are_in_it(name, layout):
+    if name == "DepthwiseConv2d":
+        net = xunit_rs.DepthwiseConv2d(16, 3, backend="rust")
+    else:
+        net = getattr(xunit_rs, name)(16, 7, True, backend="rust")
+    x = torch.randn(SHAPE).contiguous(memory_format=layout)
     with torch.no_grad():
-        unit(x[:, :, :64, :64])
-    assert xunit_rs.empty_cache() == 0
+        net(x)
+        assert xunit_rs.empty_cache() == MIB[8]
+        net.eval()(x)
+        assert xunit_rs.empty_cache() == MIB[8]
+        net(x[:, :, :64, :64].contiguous(memory_format=layout))
+        assert xunit_rs.empty_cache() == 0
+    x.requires_grad_()
+    out = net.train()(x)
+    (gx,) = torch.autograd.grad(out, x, torch.ones_like(x))
+    saved = {"DepthwiseConv2d": 0, "xUnitD": 2}.get(name, 1)
+    # The gradient to x takes the place of a saved tensor, in NCHW and where torch can tell.
+    own = layout is torch.channels_last or not saved or not hasattr(torch._C, "_storage_Use_Count")
+    assert xunit_rs.empty_cache() == MIB[8] * (saved if own else saved - 1)
+    del out
+    assert xunit_rs.empty_cache() == MIB[8]
+    del gx
+    assert xunit_rs.empty_cache() == MIB[8]
 
 
-def test_training_gives_the_same_with_memory_that_held_something_else():
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["xUnit", "xUnitS", "xUnitD", "DepthwiseConv2d"])
+def test_training_gives_the_same_with_memory_that_held_something_else(name, layout):
     torch.manual_seed(0)
-    x, grad = torch.randn(SHAPE), torch.randn(SHAPE)
-    for name in ("xUnit", "xUnitS", "xUnitD"):
-        unit = getattr(xunit_rs, name)(16, 5, True, backend="rust")
-        found = []
-        for value in (0.0, float("nan")):
-            tensors = [fresh() for _ in range(4)]
-            for t in tensors:
-                t.fill_(value)
-            del tensors, t
-            v = x.clone().requires_grad_()
-            out = copy.deepcopy(unit)(v)
-            found.append((out, *torch.autograd.grad(out, v, grad)))
-        for once, again in zip(*found, strict=True):
-            assert torch.equal(once, again) and once.isfinite().all()
+    x, grad = (torch.randn(SHAPE).contiguous(memory_format=layout) for _ in range(2))
+    arguments = (16, 5) if name == "DepthwiseConv2d" else (16, 5, True)
+    net = getattr(xunit_rs, name)(*arguments, backend="rust")
+    found = []
+    for value in (0.0, float("nan")):
+        tensors = [fresh() for _ in range(4)]
+        for t in tensors:
+            t.fill_(value)
+        del tensors, t
+        v = x.clone().requires_grad_()
+        again = copy.deepcopy(net)
+        out = again(v)
+        found.append((out, *torch.autograd.grad(out, [v, *again.parameters()], grad)))
+    for once, again in zip(*found, strict=True):
+        assert torch.equal(once, again) and once.isfinite().all()
 
 
 def test_such_tensors_do_what_tensors_do():
@@ -118,6 +142,10 @@ def test_such_tensors_do_what_tensors_do():
     assert torch.equal(t, twin * 2)
     assert torch.equal(t.resize_(3, 5), twin.flatten()[:15].reshape(3, 5) * 2)
     t = fresh().copy_(twin)
+    if sys.platform == "linux":
+        for resize in (lambda: t.resize_(3, *SHAPE), lambda: t.untyped_storage().resize_(0)):
+            with pytest.raises(RuntimeError, match="not resizable"):
+                resize()
     assert torch.equal(t.share_memory_(), twin) and t.is_shared()
     with torch.inference_mode():
         assert fresh().is_inference()
@@ -136,37 +164,40 @@ def test_another_thread_may_drop_it():
 @linux
 def test_a_forked_child_has_its_own():
     t = fresh().fill_(1)
-    kept = fresh().fill_(2).data_ptr()
+    fresh().fill_(2)
     child = os.fork()
     if child == 0:
         try:
+            # Nothing is kept that both would copy.
+            fine = xunit_rs.empty_cache() == 0
             again = fresh()
-            fine = again.data_ptr() == kept
             # By numpy: torch's threads do not live on in a child.
             again.numpy()[:] = 3
             t.numpy()[:] = 4
             del again
-            os._exit(0 if fine and xunit_rs.empty_cache() > 0 else 1)
+            os._exit(0 if fine and xunit_rs.empty_cache() == MIB[8] else 1)
         finally:
             os._exit(2)
     assert os.waitpid(child, 0)[1] == 0
+    assert xunit_rs.empty_cache() == 0
     assert t.sum().item() == t.numel()
 
 
 def test_a_capsule_that_nobody_takes_gives_its_memory_back():
-    from xunit_rs import _core
-
-    capsule = _core.empty(SHAPE, False, False)
+    capsule = _core.empty(SHAPE, False, False, False)
     del capsule
-    kept = xunit_rs.empty_cache()
-    assert kept == (8 << 20 if sys.platform == "linux" else 0)
-    assert _core.empty((1, 2, 3, 4), False, False) is None
-    for shape in ((2,) * 5, (1 << 62, 8, 1, 1), (1 << 40, 1, 1, 1)):
-        if len(shape) > 4:
-            with pytest.raises(ValueError, match=r"5 dimensions: \[2, 2, 2, 2, 2\]"):
-                _core.empty(shape, False, False)
-        else:
-            assert _core.empty(shape, False, False) is None
+    assert xunit_rs.empty_cache() == (MIB[8] if sys.platform == "linux" else 0)
+
+
+def test_there_is_no_memory_for_small_and_for_impossible_tensors():
+    for shape in ((1, 2, 3, 4), (1 << 58, 1, 1, 1), (1 << 62, 8, 1, 1), (0, 1 << 30, 1, 1)):
+        assert _core.empty(shape, False, False, False) is None
+    with pytest.raises(ValueError, match=r"5 dimensions: \[2, 2, 2, 2, 2\]"):
+        _core.empty((2,) * 5, False, False, False)
+    with pytest.raises(ValueError, match="1 dimensions"):
+        _core.empty((1 << 30,), False, True, False)
+    with pytest.raises(OverflowError):
+        _core.empty((-1, 1), False, False, False)
 
 
 LIMIT = """

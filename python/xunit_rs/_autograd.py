@@ -49,12 +49,16 @@ _TAKES_TENSORS = _NO_CORE is None and _core.use_torch(
     Tensor, getattr(Tensor, "__dlpack_c_exchange_api__", None), _parallel_for()
 )
 
+if _NO_CORE is None and hasattr(os, "register_at_fork"):
+    # A child would share what is kept, and who of the two writes it next had to copy it.
+    os.register_at_fork(before=_core.empty_cache)
+
 # Channels that the kernels for channels_last take at a time.
 _LANES = int(_core.build_info()["lanes"]) if _NO_CORE is None else 1
 
 BACKENDS = ("auto", "rust", "torch")
 GATES = ("sigmoid", "gaussian")
-# Elements from which on the caching allocator may have memory for a tensor.
+# Elements below which the caching allocator has no memory for a tensor: 8 MiB of float64.
 _KEPT = 1 << 20
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
@@ -355,11 +359,14 @@ def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _fresh(shape: Sequence[int], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
-    """A tensor of any content, float32 or float64, for the kernels to write: a large one in memory
-    that was another one before, which takes the system no time."""
+def _fresh(
+    shape: Sequence[int], dtype: torch.dtype, channels_last: bool = False, saved: bool = False
+) -> Tensor:
+    """A tensor of any content, float32 or float64, for the kernels to write, a result or one that
+    is `saved` for backward: a large one in memory that was another one before, which takes the
+    system no time."""
     if math.prod(shape) >= _KEPT:
-        capsule = _core.empty(tuple(shape), dtype is torch.float64, channels_last)
+        capsule = _core.empty(tuple(shape), dtype is torch.float64, channels_last, saved)
         if capsule is not None:
             return torch.from_dlpack(capsule)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -575,8 +582,8 @@ def _unit_forward(
         return out.to(x.dtype), (None, None), statistics
     last = not x.is_contiguous() and _is_channels_last(x)
     out = _fresh(x.shape, dtype, last)
-    d = _fresh(x.shape, dtype) if save else None
-    p = _fresh(x.shape, dtype) if save and call.variant == "dense" else None
+    d = _fresh(x.shape, dtype, saved=True) if save else None
+    p = _fresh(x.shape, dtype, saved=True) if save and call.variant == "dense" else None
     _core.xunit_forward(
         call.variant,
         call.gate,

@@ -7,7 +7,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 
 use super::tensor::{DL_CPU, DL_FLOAT, DlTensor, MAX_DIMS};
-use crate::caching_allocator::{self, Block};
+use crate::caching_allocator::{self, Block, Purpose};
 
 /// The name of a capsule whose tensor nobody has taken.
 const UNTAKEN: &CStr = c"dltensor";
@@ -41,23 +41,25 @@ unsafe extern "C" fn delete_untaken(capsule: *mut ffi::PyObject) {
     }
 }
 
-/// A "dltensor" capsule with a tensor of this shape, of any content, float32 or `double`; its last dimensions lie
-/// as in a contiguous one, or, with `channels_last`, the second one innermost. None where there is no such memory
-/// or not enough of it.
+/// A "dltensor" capsule with a tensor of this shape, of any content, float32 or `double`, contiguous or, with
+/// `channels_last`, with its second dimension innermost; a [`Purpose::Result`] or `saved`. None where the allocator has no block for it: below 8 MiB,
+/// say. ValueError for more dimensions than four, or fewer than two in channels_last.
 #[pyfunction]
 pub fn empty(
     py: Python<'_>,
     shape: Vec<usize>,
     double: bool,
     channels_last: bool,
+    saved: bool,
 ) -> PyResult<Option<Bound<'_, PyAny>>> {
     let dims = shape.len();
     if dims > MAX_DIMS || channels_last && dims < 2 {
         return Err(PyValueError::new_err(format!("shape has {dims} dimensions: {shape:?}")));
     }
+    let purpose = if saved { Purpose::Saved } else { Purpose::Result };
     let bits: u8 = if double { 64 } else { 32 };
     let bytes = shape.iter().try_fold(usize::from(bits / 8), |bytes, &n| bytes.checked_mul(n));
-    let Some(block) = bytes.and_then(|bytes| py.detach(|| Block::new(bytes))) else {
+    let Some(block) = bytes.and_then(|bytes| Block::new(bytes, purpose)) else {
         return Ok(None);
     };
     let (mut extents, mut strides) = ([1; MAX_DIMS], [1; MAX_DIMS]);
@@ -86,12 +88,12 @@ pub fn empty(
     };
     let deleter = Some(delete as unsafe extern "C" fn(_));
     let context = std::ptr::null_mut();
-    let mut managed = Box::new(Managed { tensor, context, deleter, extents, strides, block });
-    managed.tensor.shape = managed.extents.as_ptr();
-    managed.tensor.strides = managed.strides.as_ptr();
-    let managed = Box::into_raw(managed);
+    let managed = Managed { tensor, context, deleter, extents, strides, block };
+    let managed = Box::into_raw(Box::new(managed));
     // SAFETY: the tensor stays where it is until its deleter is called: by who takes it, or by the capsule.
     unsafe {
+        (*managed).tensor.shape = (&raw const (*managed).extents).cast();
+        (*managed).tensor.strides = (&raw const (*managed).strides).cast();
         let capsule = ffi::PyCapsule_New(managed.cast(), UNTAKEN.as_ptr(), Some(delete_untaken));
         if capsule.is_null() {
             delete(managed);
