@@ -1,7 +1,7 @@
 //! Memory for large tensors that stays with the process from one tensor to the next, because the system takes
 //! long to clear fresh pages: an xUnit's training step at 1 × 64 × 512 × 512, k = 7, takes 0.62 of the time so on
-//! two threads and 0.8 on one, its evaluation 0.42 and 0.66 (Xeon). Below 32 MB the C library keeps memory, too, if
-//! less reliably: 0.9 to 1 of an evaluation's time, and the same for training.
+//! two threads and 0.8 on one, its evaluation 0.42 and 0.66 (Xeon). Below 32 MB the C library keeps memory, too, but
+//! not always: there it is 0.5 to 1.
 //!
 //! What nobody has used for a second is at the system's disposal (`MADV_FREE`): it takes the pages, without a word,
 //! when memory is short, and gives cleared ones where they are used again. To leave it what is used again at once

@@ -42,8 +42,9 @@ unsafe extern "C" fn delete_untaken(capsule: *mut ffi::PyObject) {
 }
 
 /// A "dltensor" capsule with a tensor of this shape, of any content, float32 or `double`, contiguous or, with
-/// `channels_last`, with its second dimension innermost; a [`Purpose::Result`] or `saved`. None where the allocator has no block for it: below 8 MiB,
-/// say. ValueError for more dimensions than four, or fewer than two in channels_last.
+/// `channels_last`, with its second dimension innermost; a [`Purpose::Result`] or `saved`. None where the
+/// allocator has no block for it: below 8 MiB, say. ValueError for more dimensions than four, or fewer than two in
+/// channels_last.
 #[pyfunction]
 pub fn empty(
     py: Python<'_>,
