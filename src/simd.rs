@@ -312,7 +312,38 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> F32<I, TILE_VECTORS> {
         }
         ops.reciprocal(x)
     }
+
+    /// [`Simd::exp`] of x, or of −x if NEGATE.
+    #[inline(always)]
+    fn exp_of<const NEGATE: bool>(self, x: I::F32) -> I::F32 {
+        #[cfg(target_arch = "x86_64")]
+        if const { Self::AVX512 } {
+            // SAFETY: see `AVX512`.
+            return unsafe { transmute_copy(&avx512_exp::<NEGATE>(transmute_copy(&x))) };
+        }
+        // rten-vecmath's `Exp` has the same steps, and twice as many for x > 0 and for results that
+        // are no normal numbers.
+        let (ops, ints) = (self.0.f32(), self.0.i32());
+        let x = if NEGATE { ops.neg(x) } else { x };
+        let fma = |a, b, c| ops.mul_add(a, ops.splat(b), c);
+        // x = n · ln 2 + r with an integer n, of which the sum with 1.5 · 2²³ has no fraction.
+        let magic = ops.splat(12_582_912.0);
+        let n = ops.sub(fma(x, std::f32::consts::LOG2_E, magic), magic);
+        let r = fma(n, -LN_2[1], fma(n, -LN_2[0], x));
+        // exp(r) within 3e-9 where |r| ≤ ln 2 / 2, all but the rounding of its steps.
+        let mut y = ops.splat(1.381_446_7e-3);
+        for coefficient in [8.368_781e-3, 4.166_839_4e-2, 0.166_665_2, 0.499_999_93, 1.0, 1.0] {
+            y = ops.mul_add(y, r, ops.splat(coefficient));
+        }
+        let least = ops.splat(LEAST);
+        let power = ints.shift_left::<23>(ints.add(ops.to_int_trunc(n), ints.splat(127)));
+        let y = ops.mul(y, power.reinterpret_cast());
+        ops.select(ops.zero(), y, ops.lt(x, least))
+    }
 }
+
+/// ln 2 in two parts, of which the products of the first and a multiple of 1 / 16, as large as they come, are exact.
+const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
 
 /// Below, the exponential is no normal number.
 const LEAST: f32 = -87.336_54;
@@ -356,10 +387,9 @@ unsafe fn avx512_exp<const NEGATE: bool>(
         let sum = _mm512_fmadd_ps(x, splat(sign * std::f32::consts::LOG2_E), magic);
         let n = _mm512_sub_ps(sum, magic);
         let root = _mm512_permutexvar_ps(_mm512_castps_si512(sum), _mm512_loadu_ps(ROOTS.as_ptr()));
-        // ln 2 in two parts, of which the products of n and the first are exact.
-        let first = splat(0.693_359_4);
+        let first = splat(LN_2[0]);
         let r = if NEGATE { _mm512_fnmsub_ps(n, first, x) } else { _mm512_fnmadd_ps(n, first, x) };
-        let r = _mm512_fmadd_ps(n, splat(2.121_944_4e-4), r);
+        let r = _mm512_fmadd_ps(n, splat(-LN_2[1]), r);
         // exp(r) − 1 = r · p within 1e-8 where |r| ≤ ln 2 / 32.
         let p = _mm512_fmadd_ps(_mm512_fmadd_ps(r, splat(1.0 / 6.0), splat(0.5)), r, splat(1.0));
         let y = _mm512_fmadd_ps(_mm512_mul_ps(root, r), p, root);
@@ -463,29 +493,7 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
     }
     #[inline(always)]
     fn exp(self, x: I::F32) -> I::F32 {
-        #[cfg(target_arch = "x86_64")]
-        if const { Self::AVX512 } {
-            // SAFETY: see `AVX512`.
-            return unsafe { transmute_copy(&avx512_exp::<false>(transmute_copy(&x))) };
-        }
-        // rten-vecmath's `Exp` has the same steps, and twice as many for x > 0 and for results that
-        // are no normal numbers.
-        let (ops, ints) = (self.0.f32(), self.0.i32());
-        let fma = |a, b, c| ops.mul_add(a, ops.splat(b), c);
-        // x = n · ln 2 + r with an integer n, of which the sum with 1.5 · 2²³ has no fraction.
-        let magic = ops.splat(12_582_912.0);
-        let n = ops.sub(fma(x, std::f32::consts::LOG2_E, magic), magic);
-        // ln 2 in two parts, of which the products of n and the first are exact.
-        let r = fma(n, 2.121_944_4e-4, fma(n, -0.693_359_4, x));
-        // exp(r) within 3e-9 where |r| ≤ ln 2 / 2, all but the rounding of its steps.
-        let mut y = ops.splat(1.381_446_7e-3);
-        for coefficient in [8.368_781e-3, 4.166_839_4e-2, 0.166_665_2, 0.499_999_93, 1.0, 1.0] {
-            y = ops.mul_add(y, r, ops.splat(coefficient));
-        }
-        let least = ops.splat(LEAST);
-        let power = ints.shift_left::<23>(ints.add(ops.to_int_trunc(n), ints.splat(127)));
-        let y = ops.mul(y, power.reinterpret_cast());
-        ops.select(ops.zero(), y, ops.lt(x, least))
+        self.exp_of::<false>(x)
     }
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
@@ -504,15 +512,7 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
     fn sigmoid(self, x: I::F32) -> I::F32 {
         // rten-vecmath's `Sigmoid` takes more steps for the same.
         let ops = self.0.f32();
-        #[cfg(target_arch = "x86_64")]
-        let e = if const { Self::AVX512 } {
-            // SAFETY: see `AVX512`.
-            unsafe { transmute_copy(&avx512_exp::<true>(transmute_copy(&x))) }
-        } else {
-            self.exp(ops.neg(x))
-        };
-        #[cfg(not(target_arch = "x86_64"))]
-        let e = self.exp(ops.neg(x));
+        let e = self.exp_of::<true>(x);
         let y = self.reciprocal(ops.add(ops.one(), e));
         // Where it is no normal number, the exponential of −x may be none at all.
         ops.select(ops.zero(), y, ops.lt(x, ops.splat(LEAST)))
