@@ -126,6 +126,11 @@ pub(crate) fn streams<T: Scalar>() -> bool {
     matches!(selected(), Isa::Avx512 | Isa::Avx2) && size_of::<T>() == size_of::<f32>()
 }
 
+/// Whether a vector of the instruction set in use is a whole line of the cache.
+pub(crate) fn vectors_are_lines() -> bool {
+    selected() == Isa::Avx512
+}
+
 /// After [`Simd::stream`]s of this thread: what they wrote may be read, by any thread.
 pub fn fence() {
     #[cfg(target_arch = "x86_64")]

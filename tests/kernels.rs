@@ -141,12 +141,21 @@ fn convolution_in<T: Scalar>(
             conv::Taps::new(weight.clone(), kernel, 1, oh),
             conv::Taps::with(weight.clone(), kernel, 1, Filter::of(kh)),
         ] {
-            let mut out = nan::<T>(oh * ow);
             let mut scratch = nan(taps.scratch(oh, ow));
-            let (bias, to, taps, scratch) = (&[bias], &mut out[..], &taps, &mut scratch[..]);
-            let job = conv::Forward { input, ld, taps, bias, out: to, ow, scratch, next };
-            T::dispatch(isa, job);
+            // Less than there are rows and more than there is time for.
+            let from = &input[..[0, oh, oh * ow / 2, input.len()][(oh + ow) % 4]];
+            let mut run = |out: Target<'_, T>, to: Target<'_, T>| {
+                let (bias, taps, scratch) = (&[bias], &taps, &mut scratch[..]);
+                let copy = CopyOut { from, to };
+                let job = conv::Forward { input, ld, taps, bias, out, ow, scratch, next, copy };
+                T::dispatch(isa, job);
+            };
+            let mut out = nan::<T>(oh * ow);
+            let mut copied = streamed(from.len(), |to| run(Target::new(&mut out), to));
             near(&out, y, || format!("forward, {}", case()));
+            same_bits(&copied, from, || format!("copied meanwhile, {}", case()));
+            let out_streamed = streamed(oh * ow, |out| run(out, Target::new(&mut copied)));
+            same_bits(&out_streamed, &out, || format!("forward, streamed, {}", case()));
         }
         for grad_ld in [ow, ow + 5] {
             let grad = spread(&flat::<T, _>(grad), ow, grad_ld);
@@ -412,18 +421,19 @@ fn gates() {
             same_bits(&got_streamed, &got, || format!("streamed, {}", case()));
 
             let mut e = nan::<T>(x.len());
+            let next = [grad, x, d].map(|next| next.as_ptr_range().end);
             let got = streamed(x.len(), |direct| {
-                let job =
-                    GateGradient { gate, grad, x, d, affine, direct: Some(direct), e: &mut e };
-                T::dispatch(isa, job);
+                let (direct, e) = (Some(direct), &mut e);
+                T::dispatch(isa, GateGradient { gate, grad, x, d, affine, direct, e, next });
             });
             close(&got, &want.direct, || format!("streamed past the gate, {}", case()));
             let (mut direct, mut e) = (nan::<T>(x.len()), nan::<T>(x.len()));
             let (past, at) = (Some(Target::new(&mut direct)), &mut e);
-            let job = GateGradient { gate, grad, x, d, affine, direct: past, e: at };
+            let job = GateGradient { gate, grad, x, d, affine, direct: past, e: at, next };
             let sums = T::dispatch(isa, job);
             let mut alone = nan::<T>(x.len());
-            let job = GateGradient { gate, grad, x, d, affine, direct: None, e: &mut alone };
+            let (past, at) = (None, &mut alone);
+            let job = GateGradient { gate, grad, x, d, affine, direct: past, e: at, next };
             let of_alone = T::dispatch(isa, job);
             // One NaN is as good as another: their signs are the compiler's.
             let bits = |(a, b): (f64, f64)| {

@@ -431,17 +431,28 @@ fn large_results_are_the_same_past_the_caches() {
                 same_bits(&gb, bias, name("gradient to pointwise bias"));
             }
         }
-        for k in [3, 7] {
-            let batch = Batch::new(&[2, 300, 96, 40]).unwrap();
+        // Whole planes of two images, and one in strips, of which the last one is shorter.
+        for (k, dims) in [3, 7, 9, 11].into_iter().flat_map(|k| [(k, many), (k, wide)]) {
+            let batch = Batch::new(&dims).unwrap();
             let geometry = Geometry::new(batch, Conv::same(k).unwrap()).unwrap();
-            let x = flat::<f32, _>(&noise.array(batch.size()));
-            let weight = flat::<f32, _>(&noise.array(300 * k * k));
-            let want = depthwise_forward(&geometry, &x, &weight, None, 2).unwrap();
-            let mut y = Aligned::new(batch.size());
+            let [x, grad] = [(); 2].map(|()| flat::<f32, _>(&noise.array(batch.size())));
+            let weight = flat::<f32, _>(&noise.array(batch.c * k * k));
+            let bias = Some(&noise.vec(batch.c).iter().map(|&b| b as f32).collect::<Vec<_>>()[..]);
+            let [mut want, mut got] = [(); 2].map(|()| Aligned::new(batch.size() + 1));
+            let (want, got) = (&mut want.get()[1..], &mut got.get()[..batch.size()]);
             let threads = Threads::Own(2);
-            ops::depthwise_forward(&geometry, &x, &weight, None, y.get(), threads).unwrap();
-            same_bits(y.get(), &want, || format!("depthwise, k = {k}"));
-
+            for to in [&mut *want, &mut *got] {
+                ops::depthwise_forward(&geometry, &x, &weight, bias, to, threads).unwrap();
+            }
+            same_bits(got, want, || format!("depthwise, k = {k}, {dims:?}"));
+            for to in [&mut *want, &mut *got] {
+                let only = DepthwiseGradients { x: Some(to), weight: None, bias: None };
+                ops::depthwise_backward(&geometry, &grad, &x, &weight, only, threads).unwrap();
+            }
+            same_bits(got, want, || format!("depthwise's input gradient, k = {k}, {dims:?}"));
+        }
+        for k in [3, 7] {
+            let threads = Threads::Own(2);
             // 304 channels are whole vectors.
             let batch = Batch::new(&[2, 304, 96, 40]).unwrap();
             let geometry = Geometry::new(batch, Conv::same(k).unwrap()).unwrap();

@@ -6,6 +6,7 @@
 
 use super::scratch::{Scratch, Window};
 use super::{DepthwiseGradients, Planes, check_depthwise, expect_len, optional_len};
+use crate::kernels::activation::{CopyOut, Target};
 use crate::kernels::conv::{self, Pixels};
 use crate::kernels::general::{BlockForward, BlockWeightGradient, Places};
 use crate::parallel::{self, Threads};
@@ -172,10 +173,11 @@ fn convolve<T: Scalar>(
                 ld: window.ld,
                 taps: &taps,
                 bias: &biases,
-                out: &mut *out,
+                out: Target::new(&mut *out),
                 ow: wide.ow,
                 scratch: &mut scratch,
                 next: &[],
+                copy: CopyOut::default(),
             });
             // SAFETY: these channels of pixels top · ow.. of image n are inside the tensor, and this
             // task alone writes them.

@@ -7,7 +7,7 @@ use super::pointwise::Pointwise;
 use super::scratch::{Scratch, Window};
 use super::xunit::{Channel, XUnit};
 use super::{Planes, Source};
-use crate::kernels::activation::{Affine, Apply, Gate};
+use crate::kernels::activation::{Affine, Apply, CopyOut, Gate, Target};
 use crate::kernels::product::{Columns, Packed, Rows, RowsMut, Start};
 use crate::kernels::{MAX_LANES, conv};
 use crate::parallel::{self, Threads};
@@ -195,10 +195,11 @@ impl<T: Scalar> Forward<'_, T> {
                         ld: window.ld,
                         taps: &channel.taps,
                         bias: &[channel.bias],
-                        out: &mut *d,
+                        out: Target::new(&mut *d),
                         ow: columns.len(),
                         scratch: &mut scratch,
                         next: &[],
+                        copy: CopyOut::default(),
                     });
                     let x = &x[at.clone()][(y - made.start) * width + left..];
                     // SAFETY: the caller's promise.

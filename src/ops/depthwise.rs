@@ -2,8 +2,9 @@
 
 use super::phases::{self, Phases};
 use super::scratch::{Scratch, Window};
+use super::staged::Staged;
 use super::{Planes, check_depthwise, expect_len, optional_len, plane, turned};
-use crate::kernels::activation::{CopyOut, Sums};
+use crate::kernels::activation::{CopyOut, Sums, Target};
 use crate::kernels::conv;
 use crate::parallel::{self, Threads};
 use crate::shape::{Batch, Conv, Geometry, ShapeError};
@@ -28,11 +29,11 @@ pub fn depthwise_forward<T: Scalar>(
     parallel::for_each(threads.for_work(output.size() * taps), input.c, |c| {
         let bias = bias.map_or(T::ZERO, |bias| bias[c]);
         let weight = weight[c * taps..][..taps].to_vec();
-        let mut convolution = Convolution::new(geometry, weight, bias);
+        let mut convolution = Convolution::new(geometry, weight, bias, &planes);
         for n in 0..input.n {
             let next = if n + 1 < input.n { plane(x, input, n + 1, c) } else { &[] };
             // SAFETY: this task alone names channel c.
-            unsafe { convolution.run(plane(x, input, n, c), next, &planes, (n, c)) };
+            unsafe { convolution.run(plane(x, input, n, c), next, (n, c)) };
         }
     });
     Ok(())
@@ -69,7 +70,7 @@ pub fn depthwise_backward<T: Scalar>(
         let weight = &weight[c * taps..][..taps];
         let mut sum = vec![0.0; taps];
         let mut sum_bias = 0.0;
-        let mut transposed = gx.is_some().then(|| Transposed::new(geometry, weight));
+        let mut transposed = gx.as_ref().map(|gx| Transposed::new(geometry, weight, gx));
         let mut of_weight = gweight.is_some().then(|| WeightGradient::new(geometry));
         for n in 0..input.n {
             let at = plane(grad, output, n, c);
@@ -81,9 +82,9 @@ pub fn depthwise_backward<T: Scalar>(
                 let next_x = if n + 1 < input.n { plane(x, input, n + 1, c) } else { &[] };
                 of_weight.add(at, plane(x, input, n, c), [next, next_x], &mut sum);
             }
-            if let (Some(transposed), Some(gx)) = (&mut transposed, &gx) {
+            if let Some(transposed) = &mut transposed {
                 // SAFETY: this task alone names channel c.
-                unsafe { transposed.run(at, next, gx, (n, c)) };
+                unsafe { transposed.run(at, next, (n, c)) };
             }
         }
         if let Some(gweight) = &gweight {
@@ -100,8 +101,8 @@ pub fn depthwise_backward<T: Scalar>(
     Ok(())
 }
 
-/// The convolution of one plane after another with the same taps.
-enum Convolution<T> {
+/// The convolution of one plane after another with the same taps, to planes of `out`.
+enum Convolution<'a, T: Scalar> {
     /// Of stride and dilation 1.
     Dense {
         geometry: Geometry,
@@ -109,37 +110,44 @@ enum Convolution<T> {
         bias: T,
         window: Window<T>,
         scratch: Scratch<T>,
+        staged: Option<Box<Staged<'a, T>>>,
+        out: &'a Planes<'a, T>,
     },
     General {
         taps: Vec<(usize, T)>,
         bias: T,
         plane: Phases<T>,
+        out: &'a Planes<'a, T>,
     },
 }
 
-impl<T: Scalar> Convolution<T> {
-    fn new(geometry: &Geometry, weight: Vec<T>, bias: T) -> Self {
+impl<'a, T: Scalar> Convolution<'a, T> {
+    fn new(geometry: &Geometry, weight: Vec<T>, bias: T, out: &'a Planes<'a, T>) -> Self {
         if geometry.is_dense() {
             let Geometry { conv: Conv { kh, kw, .. }, ow, oh, .. } = *geometry;
             let window = Window::new(geometry);
+            let strip = window.strip(geometry);
             let taps = conv::Taps::new(weight, (kh, kw), 1, oh);
-            let scratch = Scratch::new(taps.scratch(window.strip(geometry), ow));
-            return Self::Dense { geometry: *geometry, taps, bias, window, scratch };
+            let scratch = Scratch::new(taps.scratch(strip, ow));
+            let staged =
+                if taps.streams(ow) { None } else { Staged::new(strip * ow, out).map(Box::new) };
+            return Self::Dense { geometry: *geometry, taps, bias, window, scratch, staged, out };
         }
         let plane = Phases::new(geometry);
-        Self::General { taps: plane.offsets().zip(weight).collect(), bias, plane }
+        Self::General { taps: plane.offsets().zip(weight).collect(), bias, plane, out }
     }
 
-    /// Writes the convolution of `x` to a plane of `out`; `next` is the plane of the next call.
+    /// Writes the convolution of `x` to plane (n, c) of `out`, by the time that this is dropped; `next` is the
+    /// plane of the next call.
     ///
     /// # Safety
-    /// As [`Planes::plane`].
-    unsafe fn run(&mut self, x: &[T], next: &[T], out: &Planes<'_, T>, (n, c): (usize, usize)) {
-        let (geometry, taps, bias, window, scratch) = match self {
-            Self::Dense { geometry, taps, bias, window, scratch } => {
-                (&*geometry, &*taps, *bias, window, scratch)
+    /// As [`Planes::plane`], until then.
+    unsafe fn run(&mut self, x: &[T], next: &[T], (n, c): (usize, usize)) {
+        let (geometry, taps, bias, window, scratch, staged, out) = match self {
+            Self::Dense { geometry, taps, bias, window, scratch, staged, out } => {
+                (&*geometry, &*taps, *bias, window, scratch, staged, *out)
             }
-            Self::General { taps, bias, plane } => {
+            Self::General { taps, bias, plane, out } => {
                 plane.fill(x);
                 // SAFETY: the caller's promise.
                 return plane.forward(taps, *bias, unsafe { out.plane(n, c) });
@@ -147,9 +155,6 @@ impl<T: Scalar> Convolution<T> {
         };
         let Geometry { conv, ow, oh, .. } = *geometry;
         let strip = window.strip(geometry);
-        // What goes past the caches goes there line by line, which the tiles of the kernel do not.
-        let stage = out.streams_pieces(strip * ow);
-        let mut staged = Scratch::new(if stage { strip * ow } else { 0 });
         for y in (0..oh).step_by(strip) {
             let end = (y + strip).min(oh);
             let pixels = y * ow..end * ow;
@@ -162,17 +167,16 @@ impl<T: Scalar> Convolution<T> {
                 window.ahead(0..strip + conv.kh - 1, next)
             };
             let (input, ld, bias) = (window.input(), window.ld, &[bias]);
-            let to = match stage {
-                true => &mut staged[..pixels.len()],
-                // SAFETY: the caller's promise.
-                false => unsafe { &mut out.plane(n, c)[pixels.clone()] },
-            };
-            simd::dispatch(conv::Forward { input, ld, taps, bias, out: to, ow, scratch, next });
-            if stage {
+            let (out, copy) = match staged {
+                Some(staged) => {
+                    // SAFETY: the caller's promise.
+                    let (to, copy) = unsafe { staged.stage((n, c), pixels) };
+                    (Target::new(to), copy)
+                }
                 // SAFETY: as above.
-                let to = unsafe { out.target(n, c, pixels.clone()) };
-                simd::dispatch(CopyOut { from: &staged[..pixels.len()], to });
-            }
+                None => (unsafe { out.target(n, c, pixels) }, CopyOut::default()),
+            };
+            simd::dispatch(conv::Forward { input, ld, taps, bias, out, ow, scratch, next, copy });
         }
     }
 }
@@ -231,36 +235,37 @@ impl<T: Scalar> WeightGradient<T> {
 }
 
 /// The gradient to one input plane after another.
-enum Transposed<T> {
+enum Transposed<'a, T: Scalar> {
     /// A convolution of the padded gradient with the taps turned.
-    Dense(Box<Convolution<T>>),
-    General(Box<phases::Transposed<T>>),
+    Dense(Box<Convolution<'a, T>>),
+    General(Box<phases::Transposed<T>>, &'a Planes<'a, T>),
 }
 
-impl<T: Scalar> Transposed<T> {
-    fn new(geometry: &Geometry, weight: &[T]) -> Self {
+impl<'a, T: Scalar> Transposed<'a, T> {
+    fn new(geometry: &Geometry, weight: &[T], out: &'a Planes<'a, T>) -> Self {
         let Conv { kh, kw, padding: [top, bottom, left, right], .. } = geometry.conv;
         if geometry.is_dense() && top.max(bottom) < kh && left.max(right) < kw {
             let padding = [kh - 1 - top, kh - 1 - bottom, kw - 1 - left, kw - 1 - right];
             let conv = Conv { padding, ..geometry.conv };
             if let Ok(geometry) = Geometry::new(geometry.output(), conv) {
-                let convolution = Convolution::new(&geometry, turned(weight), T::ZERO);
+                let convolution = Convolution::new(&geometry, turned(weight), T::ZERO, out);
                 return Self::Dense(Box::new(convolution));
             }
         }
-        Self::General(Box::new(phases::Transposed::new(geometry, weight)))
+        Self::General(Box::new(phases::Transposed::new(geometry, weight)), out)
     }
 
-    /// Writes the gradient to a plane of `out`; `next` is the gradient of the next call.
+    /// Writes the gradient to plane (n, c) of `out`, by the time that this is dropped; `next` is the gradient of
+    /// the next call.
     ///
     /// # Safety
-    /// As [`Planes::plane`].
-    unsafe fn run(&mut self, grad: &[T], next: &[T], out: &Planes<'_, T>, at: (usize, usize)) {
+    /// As [`Planes::plane`], until then.
+    unsafe fn run(&mut self, grad: &[T], next: &[T], (n, c): (usize, usize)) {
         // SAFETY: the caller's promise.
         unsafe {
             match self {
-                Self::Dense(convolution) => convolution.run(grad, next, out, at),
-                Self::General(transposed) => transposed.run(grad, out.plane(at.0, at.1)),
+                Self::Dense(convolution) => convolution.run(grad, next, (n, c)),
+                Self::General(transposed, out) => transposed.run(grad, out.plane(n, c)),
             }
         }
     }

@@ -14,6 +14,7 @@ mod groups;
 mod phases;
 mod pointwise;
 pub(crate) mod scratch;
+mod staged;
 mod xunit;
 
 use std::marker::PhantomData;

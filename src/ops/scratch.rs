@@ -190,8 +190,11 @@ impl<T: Scalar> Window<T> {
             true => (new.end, new.end),
             false => (inside.start + top, inside.end + top),
         };
-        self.data[at(new.start)..at(first)].fill(T::ZERO);
-        self.data[at(last)..at(new.end)].fill(T::ZERO);
+        // Of a whole plane the last one has left its padding.
+        if self.rows != rows {
+            self.data[at(new.start)..at(first)].fill(T::ZERO);
+            self.data[at(last)..at(new.end)].fill(T::ZERO);
+        }
         if !inside.is_empty() {
             fill(inside, &mut self.data, at(first) + lead);
         }

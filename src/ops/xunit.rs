@@ -12,8 +12,8 @@ use super::pointwise::{Past, Pointwise};
 use super::scratch::{Scratch, Window};
 use super::{Planes, Source, expect_len, optional_len, turned};
 use crate::kernels::activation::{
-    Affine, Apply, FillGradient, Finish, Gate, GateGradient, NormGradient, ReluGradient, Sums,
-    Target,
+    Affine, Apply, CopyOut, FillGradient, Finish, Gate, GateGradient, NormGradient, ReluGradient,
+    Sums, Target,
 };
 use crate::kernels::conv;
 use crate::memory;
@@ -386,10 +386,11 @@ impl<T: Scalar> Forward<'_, T> {
                     ld: window.ld,
                     taps: &weight,
                     bias: &[bias],
-                    out: &mut *d,
+                    out: Target::new(&mut *d),
                     ow: batch.w,
                     scratch: &mut scratch,
                     next,
+                    copy: CopyOut::default(),
                 });
                 match given {
                     Some(channel) => gate(n, pixels, d, &channel),
@@ -569,14 +570,20 @@ impl<T: Scalar> Backward<'_, T> {
         let mut direct = Scratch::new(if dense { 0 } else { images * size });
         let at = |n: usize| n.min(images - 1) * size..(n.min(images - 1) + 1) * size;
         let gate_gradient = |n: usize, sum: &mut [f64], e: &mut [T], direct: &mut [T]| {
+            let tensors = |n| [grad.plane(n, c), x.plane(n, c), saved(d, n, 0..size)];
+            // Of the next image: or the one before it, where each is gone through before the next.
+            let after = if waits2 { n + 1 } else { n.wrapping_sub(1) };
+            let next = if after < batch.n { tensors(after) } else { tensors(n) };
+            let [grad, x, d] = tensors(n);
             let (bias, scale) = simd::dispatch(GateGradient {
                 gate: unit.gate,
-                grad: grad.plane(n, c),
-                x: x.plane(n, c),
-                d: saved(d, n, 0..size),
+                grad,
+                x,
+                d,
                 affine: second.affine,
                 direct: (!dense).then(|| Target::new(direct)),
                 e,
+                next: next.map(|tensor| tensor.as_ptr()),
             });
             sum[4] += bias;
             sum[3] += scale;
@@ -643,10 +650,11 @@ impl<T: Scalar> Backward<'_, T> {
                     ld,
                     taps: &weight,
                     bias: &[T::ZERO],
-                    out: &mut *gu,
+                    out: Target::new(&mut *gu),
                     ow: batch.w,
                     scratch: &mut tiles,
                     next: &[],
+                    copy: CopyOut::default(),
                 });
                 if relu_of.is_some() {
                     let (x, affine) = (saved(u, n, pixels.clone()), first.affine);
