@@ -431,7 +431,7 @@ fn large_results_are_the_same_past_the_caches() {
                 same_bits(&gb, bias, name("gradient to pointwise bias"));
             }
         }
-        // Whole planes of two images, and one in strips, of which the last one is shorter.
+        // Whole planes of two images, and one in strips, of which the last one is mostly shorter.
         for (k, dims) in [3, 7, 9, 11].into_iter().flat_map(|k| [(k, many), (k, wide)]) {
             let batch = Batch::new(&dims).unwrap();
             let geometry = Geometry::new(batch, Conv::same(k).unwrap()).unwrap();

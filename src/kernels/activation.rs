@@ -104,7 +104,7 @@ macro_rules! each_vector {
 #[inline(always)]
 fn load<T: Scalar, S: Simd<T>>(simd: S, slice: &[T], at: usize, n: usize) -> S::V {
     debug_assert!(at + n <= slice.len());
-    // SAFETY: `each_vector` stays below the length that `run` asserts of every slice.
+    // SAFETY: `each_vector` and [`Copying`] stay below the length that is asserted of every slice.
     unsafe {
         let ptr = slice.as_ptr().add(at);
         if n == simd.lanes() { simd.load(ptr) } else { simd.load_first(ptr, n) }
@@ -115,7 +115,7 @@ fn load<T: Scalar, S: Simd<T>>(simd: S, slice: &[T], at: usize, n: usize) -> S::
 #[inline(always)]
 fn store<T: Scalar, S: Simd<T>>(simd: S, v: S::V, slice: &mut [T], at: usize, n: usize) {
     debug_assert!(at + n <= slice.len());
-    // SAFETY: `each_vector` stays below the length that `run` asserts of every slice.
+    // SAFETY: `each_vector` and [`Copying`] stay below the length that is asserted of every slice.
     unsafe {
         let ptr = slice.as_mut_ptr().add(at);
         if n == simd.lanes() { simd.store(v, ptr) } else { simd.store_first(v, ptr, n) }
@@ -299,7 +299,7 @@ impl<T: Scalar> Kernel<T> for GateGradient<'_, T> {
             e.len(),
             |at, n| {
                 for (tensor, next) in [grad, x, d].into_iter().zip(next) {
-                    let ahead = at + AHEAD;
+                    let ahead = at + AHEAD.min(e.len());
                     simd.prefetch(match ahead < e.len() {
                         true => tensor.as_ptr().wrapping_add(ahead),
                         false => next.wrapping_add(ahead - e.len()),
@@ -542,7 +542,7 @@ impl<T: Scalar> Default for CopyOut<'_, T> {
     }
 }
 
-/// A [`CopyOut`] that is made bit by bit, so that memory is busy while something else is computed.
+/// A [`CopyOut`] that is made bit by bit, while something else is computed.
 pub(super) struct Copying<'a, T> {
     copy: CopyOut<'a, T>,
     stream: bool,
@@ -563,22 +563,27 @@ impl<'a, T: Scalar> Copying<'a, T> {
     /// Makes that many parts, but for the last elements, which are no whole vector.
     #[inline(always)]
     pub(super) fn make<S: Simd<T>>(&mut self, simd: S, parts: usize) {
-        let (Self { copy: CopyOut { from, to }, stream, done, part }, lanes) = (self, simd.lanes());
-        let end = from.len().min(*done + parts * *part);
-        while *done + lanes <= end {
-            put(simd, load(simd, from, *done, lanes), to, *done, lanes, *stream);
-            *done += lanes;
-        }
+        self.up_to(simd, self.copy.from.len().min(self.done + parts * self.part));
     }
 
     /// Makes what is left.
     #[inline(always)]
     pub(super) fn finish<S: Simd<T>>(mut self, simd: S) {
-        self.make(simd, self.copy.from.len());
+        self.up_to(simd, self.copy.from.len());
         let Self { copy: CopyOut { from, mut to }, done, .. } = self;
         if done < from.len() {
             let rest = from.len() - done;
             put(simd, load(simd, from, done, rest), &mut to, done, rest, false);
+        }
+    }
+
+    /// Copies whole vectors up to element `end`, of those that there are.
+    #[inline(always)]
+    fn up_to<S: Simd<T>>(&mut self, simd: S, end: usize) {
+        let (Self { copy: CopyOut { from, to }, stream, done, .. }, lanes) = (self, simd.lanes());
+        while *done + lanes <= end {
+            put(simd, load(simd, from, *done, lanes), to, *done, lanes, *stream);
+            *done += lanes;
         }
     }
 }

@@ -129,8 +129,11 @@ impl<'a, T: Scalar> Convolution<'a, T> {
             let strip = window.strip(geometry);
             let taps = conv::Taps::new(weight, (kh, kw), 1, oh);
             let scratch = Scratch::new(taps.scratch(strip, ow));
-            let staged =
-                if taps.streams(ow) { None } else { Staged::new(strip * ow, out).map(Box::new) };
+            let staged = if taps.streams(strip, ow) {
+                None
+            } else {
+                Staged::new(strip * ow, out).map(Box::new)
+            };
             return Self::Dense { geometry: *geometry, taps, bias, window, scratch, staged, out };
         }
         let plane = Phases::new(geometry);
@@ -141,7 +144,7 @@ impl<'a, T: Scalar> Convolution<'a, T> {
     /// plane of the next call.
     ///
     /// # Safety
-    /// As [`Planes::plane`], until then.
+    /// As [`Planes::target`], until then.
     unsafe fn run(&mut self, x: &[T], next: &[T], (n, c): (usize, usize)) {
         let (geometry, taps, bias, window, scratch, staged, out) = match self {
             Self::Dense { geometry, taps, bias, window, scratch, staged, out } => {
@@ -259,7 +262,7 @@ impl<'a, T: Scalar> Transposed<'a, T> {
     /// the next call.
     ///
     /// # Safety
-    /// As [`Planes::plane`], until then.
+    /// As [`Planes::target`], until then.
     unsafe fn run(&mut self, grad: &[T], next: &[T], (n, c): (usize, usize)) {
         // SAFETY: the caller's promise.
         unsafe {

@@ -190,7 +190,7 @@ impl<T: Scalar> Window<T> {
             true => (new.end, new.end),
             false => (inside.start + top, inside.end + top),
         };
-        // Of a whole plane the last one has left its padding.
+        // In a window that holds a whole plane the padding is there from the one before.
         if self.rows != rows {
             self.data[at(new.start)..at(first)].fill(T::ZERO);
             self.data[at(last)..at(new.end)].fill(T::ZERO);
@@ -288,16 +288,24 @@ mod tests {
         let input = Batch::new(&[1, 1, 9, 5]).unwrap();
         let conv = Conv { kh: 4, kw: 3, stride: [1, 1], padding: [2, 3, 1, 2], dilation: [1, 1] };
         let geometry = Geometry::new(input, conv).unwrap();
-        let plane: Vec<f32> = (1..=45).map(|i| i as f32).collect();
-        let padded = |row: usize, column: usize| match (row.checked_sub(2), column.checked_sub(1)) {
+        let plane = |i: usize| -> Vec<f32> { (1..=45).map(|x| (x + 100 * i) as f32).collect() };
+        let padded = |plane: &[f32], row: usize, column: usize| match (
+            row.checked_sub(2),
+            column.checked_sub(1),
+        ) {
             (Some(y), Some(x)) if y < 9 && x < 5 => plane[y * 5 + x],
             _ => 0.0,
         };
         for strip in [1, 2, 3, 5, geometry.oh] {
             let mut window = Window::<f32>::new(&geometry);
             let ld = window.ld;
-            for _ in 0..2 {
-                for start in (0..geometry.oh).step_by(strip) {
+            // From the top, again, and from row 3 on.
+            for (i, first) in [0, 0, 3].into_iter().enumerate() {
+                let plane = plane(i);
+                if first > 0 {
+                    window.restart(first);
+                }
+                for start in (first..geometry.oh).step_by(strip) {
                     let rows = start..geometry.oh.min(start + strip) + 3;
                     let ahead = window.ahead(rows.clone(), &plane).len();
                     let mut asked = 0;
@@ -312,10 +320,14 @@ mod tests {
                     for (i, row) in rows.enumerate() {
                         for column in 0..8 {
                             let got = window.input()[i * ld + column];
-                            assert_eq!(got, padded(row, column), "{strip}: {row}, {column}");
+                            assert_eq!(
+                                got,
+                                padded(&plane, row, column),
+                                "{strip}: {row}, {column}"
+                            );
                         }
                     }
-                    assert_eq!(window.middle()[0], padded(start + 2, 1));
+                    assert_eq!(window.middle()[0], padded(&plane, start + 2, 1));
                 }
             }
         }

@@ -28,7 +28,7 @@ impl<'a, T: Scalar> Staged<'a, T> {
     /// Where to write these pixels of plane (n, c), and the copy to make meanwhile.
     ///
     /// # Safety
-    /// No other reference to the pixels may live until this is dropped.
+    /// As [`Planes::target`], until this is dropped: by the task of a [`crate::parallel::for_each`] that made it.
     pub(super) unsafe fn stage(
         &mut self,
         (n, c): (usize, usize),
@@ -53,13 +53,13 @@ impl<T: Scalar> Drop for Staged<'_, T> {
 }
 
 /// # Safety
-/// No other reference to the pixels may live meanwhile.
+/// As [`Planes::target`].
 unsafe fn copy_out<'a, T: Scalar>(
     piece: &'a [T],
     (n, c, pixels): (usize, usize, Range<usize>),
     out: &'a Planes<'_, T>,
 ) -> CopyOut<'a, T> {
     let from = &piece[..pixels.len()];
-    // SAFETY: the caller's promise; `parallel::for_each` fences.
+    // SAFETY: the caller's promise.
     CopyOut { from, to: unsafe { out.target(n, c, pixels) } }
 }

@@ -571,9 +571,9 @@ impl<T: Scalar> Backward<'_, T> {
         let at = |n: usize| n.min(images - 1) * size..(n.min(images - 1) + 1) * size;
         let gate_gradient = |n: usize, sum: &mut [f64], e: &mut [T], direct: &mut [T]| {
             let tensors = |n| [grad.plane(n, c), x.plane(n, c), saved(d, n, 0..size)];
-            // Of the next image: or the one before it, where each is gone through before the next.
+            // Of the image that comes after this one.
             let after = if waits2 { n + 1 } else { n.wrapping_sub(1) };
-            let next = if after < batch.n { tensors(after) } else { tensors(n) };
+            let next = tensors(if after < batch.n { after } else { n }).map(<[T]>::as_ptr);
             let [grad, x, d] = tensors(n);
             let (bias, scale) = simd::dispatch(GateGradient {
                 gate: unit.gate,
@@ -583,7 +583,7 @@ impl<T: Scalar> Backward<'_, T> {
                 affine: second.affine,
                 direct: (!dense).then(|| Target::new(direct)),
                 e,
-                next: next.map(|tensor| tensor.as_ptr()),
+                next,
             });
             sum[4] += bias;
             sum[3] += scale;
