@@ -435,11 +435,8 @@ fn gates() {
             let (past, at) = (None, &mut alone);
             let job = GateGradient { gate, grad, x, d, affine, direct: past, e: at, next };
             let of_alone = T::dispatch(isa, job);
-            // One NaN is as good as another: their signs are the compiler's.
-            let bits = |(a, b): (f64, f64)| {
-                [a, b].map(|sum| if sum.is_nan() { f64::NAN } else { sum }.to_bits())
-            };
-            assert_eq!(bits(of_alone), bits(sums), "sums of the gradient alone, {}", case());
+            let [of_alone, sums] = [of_alone, sums].map(<[f64; 2]>::from);
+            same_bits(&of_alone, &sums, || format!("sums of the gradient alone, {}", case()));
             same_bits(&alone, &e, || format!("gradient alone, {}", case()));
             let (mut out, mut moved) = (x.to_vec(), nan::<T>(x.len()));
             let (next, to) = ([grad, d, x].map(|next| next.as_ptr_range().end), &mut moved);
@@ -449,7 +446,7 @@ fn gates() {
             close(&out, &want.direct, || format!("past the gate alone, {}", case()));
             close(&direct, &want.direct, || format!("gradient past the gate, {}", case()));
             close(&e, &want.e, || format!("gradient, {}", case()));
-            let sums = [T::from_f64(sums.0), T::from_f64(sums.1)];
+            let sums = sums.map(T::from_f64);
             // Up to 4.5: the largest |d − centre| of this test.
             let scale = 4.5 * magnitude(&want.e);
             let sums_want = a.sums(&want.e, &a.d);
