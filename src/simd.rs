@@ -170,6 +170,8 @@ pub trait Simd<T: Scalar>: Copy {
     /// NEON), 2 where there are 16. What depends on it is in `if const`, or the compiler spends much time
     /// on tiles that nobody runs.
     const TILE_VECTORS: usize;
+    /// Whether there is [`Simd::load_range`].
+    const MASKED_LOADS: bool = false;
     /// Lanes of a vector.
     fn lanes(self) -> usize;
     fn splat(self, x: T) -> Self::V;
@@ -181,6 +183,14 @@ pub trait Simd<T: Scalar>: Copy {
     /// # Safety
     /// `ptr` must be valid for reading `n` ≤ `lanes` elements.
     unsafe fn load_first(self, ptr: *const T, n: usize) -> Self::V;
+    /// The elements `first`..`end`, zeros elsewhere; `ptr` points to element 0, which need not be there. Only where
+    /// [`Simd::MASKED_LOADS`].
+    ///
+    /// # Safety
+    /// They must be valid for reading, and first ≤ end ≤ `lanes`.
+    unsafe fn load_range(self, _ptr: *const T, _first: usize, _end: usize) -> Self::V {
+        unreachable!("MASKED_LOADS is false")
+    }
     /// Asks for the cache line at `ptr`, which may point anywhere.
     fn prefetch(self, ptr: *const T);
     /// [`Simd::prefetch`] to the second-level cache.
@@ -412,6 +422,8 @@ unsafe fn avx512_exp<const NEGATE: bool>(
 impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
     type V = I::F32;
     const TILE_VECTORS: usize = TILE_VECTORS;
+    #[cfg(target_arch = "x86_64")]
+    const MASKED_LOADS: bool = Self::AVX512;
 
     #[inline(always)]
     fn lanes(self) -> usize {
@@ -430,6 +442,17 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
     unsafe fn load_first(self, ptr: *const f32, n: usize) -> I::F32 {
         // SAFETY: the mask is set for the first `n` lanes alone, which the caller vouches for.
         unsafe { self.0.f32().load_ptr_mask(ptr, self.first(n)) }
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn load_range(self, ptr: *const f32, first: usize, end: usize) -> I::F32 {
+        use std::arch::x86_64::_mm512_maskz_loadu_ps;
+        if const { Self::AVX512 } {
+            let mask = ((1u32 << end) - (1 << first)) as u16;
+            // SAFETY: see `AVX512`; the mask is set for lanes alone that the caller vouches for.
+            return unsafe { transmute_copy(&_mm512_maskz_loadu_ps(mask, ptr)) };
+        }
+        unreachable!("MASKED_LOADS is false")
     }
     #[inline(always)]
     fn prefetch(self, ptr: *const f32) {

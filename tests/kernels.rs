@@ -12,10 +12,10 @@ use xunit_rs::kernels::activation::{
 };
 use xunit_rs::kernels::minimal::Filter;
 use xunit_rs::kernels::transpose::Transpose;
-use xunit_rs::kernels::{MAX_LANES, conv, general};
+use xunit_rs::kernels::{MAX_LANES, conv, general, masked};
 use xunit_rs::reference;
 use xunit_rs::shape::{Batch, Conv, Geometry};
-use xunit_rs::simd::{Isa, Kernel, Scalar, Simd, available, fence};
+use xunit_rs::simd::{Isa, Kernel, Scalar, Simd, available, dispatch, fence, selected};
 
 /// Kernel extents: each size that has its own code, those between, even ones, flat and tall ones.
 const KERNELS: [(usize, usize); 26] = [
@@ -181,6 +181,62 @@ fn convolution_in<T: Scalar>(
             near(&sum, &want, || format!("weight gradient, stride {grad_ld}, {}", case()));
         }
     }
+}
+
+/// Rows and columns of padding that are not in memory, which the instruction set with masks has.
+#[test]
+fn convolution_that_pads() {
+    let mut ran = 0;
+    for k in [3, 5, 7] {
+        for w in widths() {
+            let mut noise = Noise::new((k * 97 + w) as u64);
+            for _ in 0..4 {
+                let padding = [(); 4].map(|()| noise.below(k / 2 + 1));
+                let (h, [top, bottom, left, right]) = (k - 1 + noise.below(9), padding);
+                if h + top + bottom >= k && w + left + right >= k {
+                    ran += usize::from(convolution_padded(k, (h, w), padding, &mut noise));
+                }
+            }
+        }
+    }
+    assert_eq!(ran > 0, selected() == Isa::Avx512, "{ran} cases");
+}
+
+/// Whether the kernel takes this padding.
+fn convolution_padded(
+    k: usize,
+    (h, w): (usize, usize),
+    padding: [usize; 4],
+    noise: &mut Noise,
+) -> bool {
+    let conv = Conv { padding, ..dense(k, k) };
+    let x = one(noise.vec(h * w), h, w);
+    let weight = Array3::from_shape_vec((1, k, k), noise.vec(k * k)).unwrap();
+    let bias = noise.next();
+    let y = reference::depthwise(&x, &weight, Some(&Array1::from_elem(1, bias)), &conv);
+    let (_, _, oh, ow) = y.dim();
+    let taps = conv::Taps::with(flat::<f32, _>(&weight), (k, k), 1, None);
+    if !taps.pads(oh, ow, padding) {
+        return false;
+    }
+    // Nothing around the plane is zero.
+    let len = masked::input_len(h, ow, k, padding);
+    let mut memory = nan::<f32>(16 + len);
+    memory[16..][..h * w].copy_from_slice(&flat::<f32, _>(&x));
+    let input = &memory[16..];
+    let case = || format!("kernel {k}, plane {h}×{w}, padding {padding:?}");
+    let run = |out: Target<'_, f32>, to: Target<'_, f32>| {
+        let copy = CopyOut { from: &input[..h * w / 2], to };
+        let (taps, bias, next) = (&taps, bias as f32, input);
+        dispatch(masked::Forward { input, padding, taps, bias, out, ow, next, copy });
+    };
+    let mut out = nan::<f32>(oh * ow);
+    let mut copied = streamed(h * w / 2, |to| run(Target::new(&mut out), to));
+    near(&out, &y, || format!("forward, {}", case()));
+    same_bits(&copied, &input[..h * w / 2], || format!("copied meanwhile, {}", case()));
+    let out_streamed = streamed(oh * ow, |out| run(out, Target::new(&mut copied)));
+    same_bits(&out_streamed, &out, || format!("forward, streamed, {}", case()));
+    true
 }
 
 #[test]

@@ -82,9 +82,38 @@ impl<T: Scalar> Taps<T> {
 
     /// Whether a [`Forward`] of `rows` rows of `ow` outputs writes past the caches what may go there.
     pub fn streams(&self, rows: usize, ow: usize) -> bool {
+        self.goes_by_strips(rows) && ow.is_multiple_of(MAX_LANES)
+    }
+
+    /// Whether a [`masked::Forward`](super::masked::Forward) makes `rows` rows or more of `ow` outputs with no more
+    /// than this padding.
+    pub fn pads(&self, rows: usize, ow: usize, padding: [usize; 4]) -> bool {
+        let (kh, kw) = self.kernel;
+        // No vector but the last one of a row may reach over its end.
+        let last = (ow - 1) % MAX_LANES + 1;
+        kh == kw
+            && matches!(kh, 3 | 5)
+            && padding.into_iter().all(|padding| padding <= kh / 2)
+            && padding[3] <= last
+            // Times a zero of the padding they would be NaN.
+            && self.plain.iter().all(|tap| tap.to_f64().is_finite())
+            && self.goes_by_strips(rows)
+    }
+
+    /// Of planes, in vectors of [`MAX_LANES`].
+    fn goes_by_strips(&self, rows: usize) -> bool {
         let strips = self.block == 1 && !self.columns.is_empty() && rows + 1 >= self.kernel.0;
-        let lines = simd::vectors_are_lines() && ow.is_multiple_of(MAX_LANES);
-        strips && lines && self.minimal.is_none()
+        strips && self.minimal.is_none() && simd::vectors_are_lines()
+    }
+
+    pub(super) fn rows(&self) -> usize {
+        self.kernel.0
+    }
+
+    /// K × K taps of a plane, column by column.
+    pub(super) fn square<const K: usize>(&self) -> &[T] {
+        assert!(self.kernel == (K, K) && self.block == 1 && self.columns.len() == K * K);
+        &self.columns
     }
 
     /// The elements that a [`Forward`] of so many rows of outputs needs.
@@ -245,7 +274,7 @@ fn strips<T: Scalar, S: Simd<T>, const K: usize, const BLOCK: bool>(simd: S, job
         }
         x += wide * lanes;
     }
-    meanwhile.copying.finish(simd);
+    meanwhile.finish(simd);
 }
 
 /// A strip of vectors; K and BLOCK as in [`strips`].
@@ -320,9 +349,9 @@ impl<T: Scalar, const K: usize, const BLOCK: bool> Strip<T, K, BLOCK> {
         unsafe {
             rows!(above 1 2 3 4 5 6 7 8 9 10);
             for _ in K - 1..self.oh {
-                meanwhile.next.ask(simd, 1);
+                meanwhile.ask(simd);
                 if COPY {
-                    meanwhile.copying.make(simd, 1);
+                    meanwhile.copy(simd);
                 }
                 row!(0, K);
             }
@@ -412,7 +441,7 @@ fn forward<T: Scalar, S: Simd<T>, const K: usize, const BLOCK: bool>(simd: S, jo
         }
         x += wide * lanes;
     }
-    meanwhile.copying.finish(simd);
+    meanwhile.finish(simd);
 }
 
 impl<T: Scalar> Forward<'_, T> {
@@ -476,7 +505,7 @@ impl<T: Scalar> Forward<'_, T> {
             }
             y += high * M;
         }
-        meanwhile.copying.finish(simd);
+        meanwhile.finish(simd);
         simd.sum(check) == T::ZERO
     }
 
@@ -721,7 +750,7 @@ impl<T: Scalar> Even<T> {
 }
 
 /// What goes on between register tiles.
-struct Meanwhile<'a, T> {
+pub(super) struct Meanwhile<'a, T> {
     next: Ahead<T>,
     copying: Copying<'a, T>,
 }
@@ -729,8 +758,25 @@ struct Meanwhile<'a, T> {
 impl<'a, T: Scalar> Meanwhile<'a, T> {
     /// In about `steps` parts.
     #[inline(always)]
-    fn new<S: Simd<T>>(simd: S, next: &[T], copy: CopyOut<'a, T>, steps: usize) -> Self {
+    pub(super) fn new<S: Simd<T>>(simd: S, next: &[T], copy: CopyOut<'a, T>, steps: usize) -> Self {
         Self { next: Ahead::new(next, steps), copying: Copying::new(simd, copy, steps) }
+    }
+
+    /// Asks for a part.
+    #[inline(always)]
+    pub(super) fn ask<S: Simd<T>>(&mut self, simd: S) {
+        self.next.ask(simd, 1);
+    }
+
+    /// Copies a part.
+    #[inline(always)]
+    pub(super) fn copy<S: Simd<T>>(&mut self, simd: S) {
+        self.copying.make(simd, 1);
+    }
+
+    #[inline(always)]
+    pub(super) fn finish<S: Simd<T>>(self, simd: S) {
+        self.copying.finish(simd);
     }
 
     #[inline(always)]

@@ -7,6 +7,7 @@ pub mod activation;
 pub mod blocked;
 pub mod conv;
 pub mod general;
+pub mod masked;
 pub mod minimal;
 pub mod peak;
 pub mod product;

@@ -1,11 +1,11 @@
 //! Depthwise convolution of any geometry, forward and backward.
 
 use super::phases::{self, Phases};
-use super::scratch::{Scratch, Window};
+use super::scratch::{Scratch, Window, strip_rows};
 use super::staged::Staged;
-use super::{Planes, check_depthwise, expect_len, optional_len, plane, turned};
+use super::{Planes, check_depthwise, expect_len, from_plane, optional_len, plane, turned};
 use crate::kernels::activation::{CopyOut, Sums, Target};
-use crate::kernels::conv;
+use crate::kernels::{conv, masked};
 use crate::parallel::{self, Threads};
 use crate::shape::{Batch, Conv, Geometry, ShapeError};
 use crate::simd::{self, Scalar};
@@ -30,10 +30,11 @@ pub fn depthwise_forward<T: Scalar>(
         let bias = bias.map_or(T::ZERO, |bias| bias[c]);
         let weight = weight[c * taps..][..taps].to_vec();
         let mut convolution = Convolution::new(geometry, weight, bias, &planes);
+        let from = |n| from_plane(x, input, n, c);
         for n in 0..input.n {
-            let next = if n + 1 < input.n { plane(x, input, n + 1, c) } else { &[] };
+            let next = if n + 1 < input.n { from(n + 1) } else { &[] };
             // SAFETY: this task alone names channel c.
-            unsafe { convolution.run(plane(x, input, n, c), next, (n, c)) };
+            unsafe { convolution.run(from(n), next, (n, c)) };
         }
     });
     Ok(())
@@ -74,7 +75,7 @@ pub fn depthwise_backward<T: Scalar>(
         let mut of_weight = gweight.is_some().then(|| WeightGradient::new(geometry));
         for n in 0..input.n {
             let at = plane(grad, output, n, c);
-            let next = if n + 1 < input.n { plane(grad, output, n + 1, c) } else { &[] };
+            let next = if n + 1 < input.n { from_plane(grad, output, n + 1, c) } else { &[] };
             if gbias.is_some() {
                 sum_bias += simd::dispatch(Sums { plane: at, origin: T::ZERO }).0;
             }
@@ -84,7 +85,7 @@ pub fn depthwise_backward<T: Scalar>(
             }
             if let Some(transposed) = &mut transposed {
                 // SAFETY: this task alone names channel c.
-                unsafe { transposed.run(at, next, (n, c)) };
+                unsafe { transposed.run(from_plane(grad, output, n, c), next, (n, c)) };
             }
         }
         if let Some(gweight) = &gweight {
@@ -104,19 +105,11 @@ pub fn depthwise_backward<T: Scalar>(
 /// The convolution of one plane after another with the same taps, to planes of `out`.
 enum Convolution<'a, T: Scalar> {
     /// Of stride and dilation 1.
-    Dense {
-        geometry: Geometry,
-        taps: conv::Taps<T>,
-        bias: T,
-        window: Window<T>,
-        scratch: Scratch<T>,
-        staged: Option<Box<Staged<'a, T>>>,
-        out: &'a Planes<'a, T>,
-    },
+    Dense(Box<Dense<'a, T>>),
     General {
         taps: Vec<(usize, T)>,
         bias: T,
-        plane: Phases<T>,
+        plane: Box<Phases<T>>,
         out: &'a Planes<'a, T>,
     },
 }
@@ -124,52 +117,79 @@ enum Convolution<'a, T: Scalar> {
 impl<'a, T: Scalar> Convolution<'a, T> {
     fn new(geometry: &Geometry, weight: Vec<T>, bias: T, out: &'a Planes<'a, T>) -> Self {
         if geometry.is_dense() {
-            let Geometry { conv: Conv { kh, kw, .. }, ow, oh, .. } = *geometry;
-            let window = Window::new(geometry);
-            let strip = window.strip(geometry);
-            let taps = conv::Taps::new(weight, (kh, kw), 1, oh);
-            let scratch = Scratch::new(taps.scratch(strip, ow));
-            let staged = if taps.streams(strip, ow) {
-                None
-            } else {
-                Staged::new(strip * ow, out).map(Box::new)
-            };
-            return Self::Dense { geometry: *geometry, taps, bias, window, scratch, staged, out };
+            return Self::Dense(Box::new(Dense::new(geometry, weight, bias, out)));
         }
-        let plane = Phases::new(geometry);
+        let plane = Box::new(Phases::new(geometry));
         Self::General { taps: plane.offsets().zip(weight).collect(), bias, plane, out }
     }
 
-    /// Writes the convolution of `x` to plane (n, c) of `out`, by the time that this is dropped; `next` is the
-    /// plane of the next call.
+    /// Writes the convolution of the plane that `x` begins with to plane (n, c) of `out`, by the time that this is
+    /// dropped; `next` begins with that of the next call.
     ///
     /// # Safety
     /// As [`Planes::target`], until then.
     unsafe fn run(&mut self, x: &[T], next: &[T], (n, c): (usize, usize)) {
-        let (geometry, taps, bias, window, scratch, staged, out) = match self {
-            Self::Dense { geometry, taps, bias, window, scratch, staged, out } => {
-                (&*geometry, &*taps, *bias, window, scratch, staged, *out)
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                Self::Dense(dense) => dense.run(x, next, (n, c)),
+                Self::General { taps, bias, plane, out } => {
+                    plane.fill(x);
+                    plane.forward(taps, *bias, out.plane(n, c));
+                }
             }
-            Self::General { taps, bias, plane, out } => {
-                plane.fill(x);
-                // SAFETY: the caller's promise.
-                return plane.forward(taps, *bias, unsafe { out.plane(n, c) });
-            }
-        };
-        let Geometry { conv, ow, oh, .. } = *geometry;
-        let strip = window.strip(geometry);
-        for y in (0..oh).step_by(strip) {
-            let end = (y + strip).min(oh);
-            let pixels = y * ow..end * ow;
-            window.slide_over(y..end + conv.kh - 1, (x, 0), None);
+        }
+    }
+}
+
+/// Strip by strip.
+struct Dense<'a, T: Scalar> {
+    geometry: Geometry,
+    taps: conv::Taps<T>,
+    bias: T,
+    /// Of the padded plane; `None` where the kernel pads the plane itself.
+    window: Option<Window<T>>,
+    /// Rows of a strip of outputs.
+    strip: usize,
+    scratch: Scratch<T>,
+    staged: Option<Staged<'a, T>>,
+    out: &'a Planes<'a, T>,
+}
+
+impl<'a, T: Scalar> Dense<'a, T> {
+    fn new(geometry: &Geometry, weight: Vec<T>, bias: T, out: &'a Planes<'a, T>) -> Self {
+        let Geometry { conv, input, ow, oh, .. } = *geometry;
+        let taps = conv::Taps::new(weight, (conv.kh, conv.kw), 1, oh);
+        let strip = strip_rows(geometry, input.w, size_of::<T>());
+        let last = (oh - 1) % strip + 1;
+        let window = (!taps.pads(last, ow, conv.padding)).then(|| Window::new(geometry));
+        let strip = window.as_ref().map_or(strip, |window| window.strip(geometry));
+        let scratch = Scratch::new(taps.scratch(strip, ow));
+        let streams = taps.streams(strip, ow);
+        let staged = if streams { None } else { Staged::new(strip * ow, out) };
+        Self { geometry: *geometry, taps, bias, window, strip, scratch, staged, out }
+    }
+
+    /// [`Convolution::run`].
+    ///
+    /// # Safety
+    /// As there.
+    unsafe fn run(&mut self, x: &[T], next: &[T], (n, c): (usize, usize)) {
+        let Self { geometry, taps, bias, window, strip, scratch, staged, out } = self;
+        let Geometry { conv, input: Batch { h, w, .. }, ow, oh, .. } = *geometry;
+        let [top, _, left, right] = conv.padding;
+        // The rows that a strip reads, and those that the next one reads besides.
+        let row = |padded: usize| padded.saturating_sub(top).min(h);
+        for y in (0..oh).step_by(*strip) {
+            let end = (y + *strip).min(oh);
+            let below = end + conv.kh - 1;
+            let (first, last) = (row(y), row(below));
             let next = if end < oh {
-                window.ahead(end..(end + strip).min(oh) + conv.kh - 1, x)
-            } else if next.is_empty() {
-                next
+                &x[last * w..row(below + *strip) * w]
             } else {
-                window.ahead(0..strip + conv.kh - 1, next)
+                &next[..next.len().min(row(*strip + conv.kh - 1) * w)]
             };
-            let (input, ld, bias) = (window.input(), window.ld, &[bias]);
+            let pixels = y * ow..end * ow;
             let (out, copy) = match staged {
                 Some(staged) => {
                     // SAFETY: the caller's promise.
@@ -179,7 +199,44 @@ impl<'a, T: Scalar> Convolution<'a, T> {
                 // SAFETY: as above.
                 None => (unsafe { out.target(n, c, pixels) }, CopyOut::default()),
             };
-            simd::dispatch(conv::Forward { input, ld, taps, bias, out, ow, scratch, next, copy });
+            if let Some(window) = window {
+                window.slide_over(y..below, (x, 0), None);
+                let (input, ld, bias) = (window.input(), window.ld, &[*bias]);
+                simd::dispatch(conv::Forward {
+                    input,
+                    ld,
+                    taps,
+                    bias,
+                    out,
+                    ow,
+                    scratch,
+                    next,
+                    copy,
+                });
+                continue;
+            }
+            let padding = [top.saturating_sub(y), below.saturating_sub(top + h), left, right];
+            let rows = &x[first * w..];
+            let len = masked::input_len(last - first, ow, conv.kh, padding);
+            let mut whole;
+            let input = if len <= rows.len() {
+                &rows[..len]
+            } else {
+                // The last vectors reach over the tensor's end.
+                whole = Scratch::new(len);
+                whole[..rows.len()].copy_from_slice(rows);
+                &whole[..]
+            };
+            simd::dispatch(masked::Forward {
+                input,
+                padding,
+                taps,
+                bias: *bias,
+                out,
+                ow,
+                next,
+                copy,
+            });
         }
     }
 }
@@ -258,8 +315,8 @@ impl<'a, T: Scalar> Transposed<'a, T> {
         Self::General(Box::new(phases::Transposed::new(geometry, weight)), out)
     }
 
-    /// Writes the gradient to plane (n, c) of `out`, by the time that this is dropped; `next` is the gradient of
-    /// the next call.
+    /// Writes the gradient, of what `grad` begins with, to plane (n, c) of `out`, by the time that this is dropped;
+    /// `next` begins with the gradient of the next call.
     ///
     /// # Safety
     /// As [`Planes::target`], until then.

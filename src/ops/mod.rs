@@ -153,7 +153,12 @@ impl<'a, T> Source<'a, T> {
 
 /// Plane (n, c) of a tensor of this shape.
 fn plane<T>(tensor: &[T], batch: Batch, n: usize, c: usize) -> &[T] {
-    &tensor[(n * batch.c + c) * batch.plane()..][..batch.plane()]
+    &from_plane(tensor, batch, n, c)[..batch.plane()]
+}
+
+/// Plane (n, c) and all after it.
+fn from_plane<T>(tensor: &[T], batch: Batch, n: usize, c: usize) -> &[T] {
+    &tensor[(n * batch.c + c) * batch.plane()..]
 }
 
 /// Checks that a tensor has as many elements as its shape says.

@@ -29,12 +29,12 @@ impl<T: Scalar> Phases<T> {
         Self { data, geometry: *geometry, columns, ld }
     }
 
-    /// Takes in the plane `x`.
+    /// Takes in the plane that `x` begins with.
     pub(super) fn fill(&mut self, x: &[T]) {
         let Self { geometry: Geometry { conv, input, .. }, columns, ld, .. } = *self;
         let ([top, _, left, _], stride) = (conv.padding, conv.stride[1]);
         let rows = self.data[top * ld..].chunks_exact_mut(ld);
-        for (to, from) in rows.zip(x.chunks_exact(input.w)) {
+        for (to, from) in rows.zip(x.chunks_exact(input.w)).take(input.h) {
             for phase in 0..stride {
                 // The first column of the plane of this phase, and where it goes.
                 let first = (phase + stride - left % stride) % stride;
@@ -120,12 +120,12 @@ impl<T: Scalar> Transposed<T> {
         Self { geometry: *geometry, grad, ld, lead, taps, part: Scratch::new(rows * columns) }
     }
 
-    /// Writes the gradient to `out`.
+    /// Writes the gradient of the plane that `grad` begins with to `out`.
     pub(super) fn run(&mut self, grad: &[T], out: &mut [T]) {
-        let Self { geometry: Geometry { conv, input, ow, ph, pw, .. }, ld, lead, .. } = *self;
+        let Self { geometry: Geometry { conv, input, ow, oh, ph, pw, .. }, ld, lead, .. } = *self;
         let Conv { stride: [sh, sw], padding: [top, _, left, _], .. } = conv;
         let rows = self.grad[lead[0] * ld..].chunks_exact_mut(ld);
-        for (to, from) in rows.zip(grad.chunks_exact(ow)) {
+        for (to, from) in rows.zip(grad.chunks_exact(ow)).take(oh) {
             to[lead[1]..][..ow].copy_from_slice(from);
         }
         for (phase, taps) in self.taps.iter().enumerate() {

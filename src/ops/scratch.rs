@@ -240,8 +240,9 @@ impl<T: Scalar> Window<T> {
     }
 }
 
-/// Output rows of a strip: all, if they fit, else strips of about equal height.
-fn strip_rows(geometry: &Geometry, ld: usize, size: usize) -> usize {
+/// Output rows of a strip, of rows of `ld` elements of so many bytes: all, if they fit, else strips of about equal
+/// height.
+pub(super) fn strip_rows(geometry: &Geometry, ld: usize, size: usize) -> usize {
     let (oh, kh) = (geometry.oh, geometry.conv.kh);
     let most = (STRIP_BYTES / (ld * size)).saturating_sub(kh - 1).max(kh).max(16);
     // Whole tiles of minimal filtering.
