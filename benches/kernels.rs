@@ -20,8 +20,9 @@ fn main() {
     divan::main();
 }
 
-fn geometry(k: usize) -> Geometry {
-    Geometry::new(BATCH, Conv::same(k).unwrap()).unwrap()
+fn geometry(k: usize, stride: usize) -> Geometry {
+    let conv = Conv { stride: [stride; 2], ..Conv::same(k).unwrap() };
+    Geometry::new(BATCH, conv).unwrap()
 }
 
 /// Items are multiply-adds.
@@ -29,40 +30,66 @@ fn flops(geometry: &Geometry) -> ItemsCount {
     ItemsCount::new(geometry.output().size() * geometry.conv.kh * geometry.conv.kw)
 }
 
-#[divan::bench(args = SIZES)]
-fn depthwise_forward(bencher: Bencher, k: usize) {
-    let geometry = geometry(k);
-    let (x, weight) = (noise(geometry.input.size()), noise(BATCH.c * k * k));
+fn depthwise(bencher: Bencher, geometry: &Geometry, layout: Layout) {
+    let taps = geometry.conv.kh * geometry.conv.kw;
+    let (x, weight) = (noise(geometry.input.size()), noise(BATCH.c * taps));
     let mut y = noise(geometry.output().size());
-    bencher.counter(flops(&geometry)).bench_local(|| {
-        ops::depthwise_forward(&geometry, &x, &weight, None, &mut y, ONE).unwrap();
+    let run = match layout {
+        Layout::Planes => ops::depthwise_forward,
+        Layout::ChannelsLast => ops::depthwise_forward_channels_last,
+    };
+    bencher.counter(flops(geometry)).bench_local(|| {
+        run(geometry, &x, &weight, None, &mut y, ONE).unwrap();
     });
 }
 
-fn depthwise_gradient(bencher: Bencher, k: usize, of_x: bool) {
-    let geometry = geometry(k);
-    let (x, weight) = (noise(geometry.input.size()), noise(BATCH.c * k * k));
+fn depthwise_gradient(bencher: Bencher, geometry: &Geometry, layout: Layout, of_x: bool) {
+    let taps = geometry.conv.kh * geometry.conv.kw;
+    let (x, weight) = (noise(geometry.input.size()), noise(BATCH.c * taps));
     let grad = noise(geometry.output().size());
     let (mut gx, mut gweight) = (x.clone(), weight.clone());
-    bencher.counter(flops(&geometry)).bench_local(|| {
+    let run = match layout {
+        Layout::Planes => ops::depthwise_backward,
+        Layout::ChannelsLast => ops::depthwise_backward_channels_last,
+    };
+    bencher.counter(flops(geometry)).bench_local(|| {
         let gradients = DepthwiseGradients {
             x: of_x.then_some(&mut gx[..]),
             weight: (!of_x).then_some(&mut gweight[..]),
             bias: None,
         };
-        ops::depthwise_backward(&geometry, &grad, &x, &weight, gradients, ONE).unwrap();
+        run(geometry, &grad, &x, &weight, gradients, ONE).unwrap();
     });
 }
 
-#[divan::bench(args = SIZES)]
-fn depthwise_input_gradient(bencher: Bencher, k: usize) {
-    depthwise_gradient(bencher, k, true);
+/// A module of the three operations for a layout and a stride.
+macro_rules! depthwise {
+    ($name:ident, $layout:expr, $stride:expr) => {
+        mod $name {
+            use super::*;
+
+            #[divan::bench(args = SIZES)]
+            fn forward(bencher: Bencher, k: usize) {
+                depthwise(bencher, &geometry(k, $stride), $layout);
+            }
+
+            #[divan::bench(args = SIZES)]
+            fn input_gradient(bencher: Bencher, k: usize) {
+                depthwise_gradient(bencher, &geometry(k, $stride), $layout, true);
+            }
+
+            #[divan::bench(args = SIZES)]
+            fn weight_gradient(bencher: Bencher, k: usize) {
+                depthwise_gradient(bencher, &geometry(k, $stride), $layout, false);
+            }
+        }
+    };
 }
 
-#[divan::bench(args = SIZES)]
-fn depthwise_weight_gradient(bencher: Bencher, k: usize) {
-    depthwise_gradient(bencher, k, false);
-}
+depthwise!(depthwise_planes, Layout::Planes, 1);
+depthwise!(depthwise_planes_stride_2, Layout::Planes, 2);
+depthwise!(depthwise_channels_last, Layout::ChannelsLast, 1);
+depthwise!(depthwise_channels_last_stride_2, Layout::ChannelsLast, 2);
 
 /// The parameters of a unit with batch norms.
 struct Parameters {
@@ -116,7 +143,7 @@ impl Parameters {
 fn unit_evaluation(bencher: Bencher, variant: Variant, k: usize) {
     let (parameters, x) = (Parameters::new(variant, k), noise(BATCH.size()));
     let (unit, mut out) = (parameters.unit(true, false), noise(BATCH.size()));
-    bencher.counter(flops(&geometry(k))).bench_local(|| {
+    bencher.counter(flops(&geometry(k, 1))).bench_local(|| {
         let out = &mut out[..];
         let output = XUnitOutput { out, d: None, p: None, stats1: None, stats2: None };
         ops::xunit_forward(&unit, BATCH, Layout::Planes, &x, output, ONE).unwrap();
@@ -128,7 +155,7 @@ fn unit_forward(bencher: Bencher, variant: Variant, k: usize) {
     let unit = parameters.unit(false, true);
     let (mut out, mut d, mut p) = (x.clone(), x.clone(), x.clone());
     let mut stats = [parameters.stats.clone(), parameters.stats.clone()];
-    bencher.counter(flops(&geometry(k))).bench_local(|| {
+    bencher.counter(flops(&geometry(k, 1))).bench_local(|| {
         let [stats1, stats2] =
             stats.each_mut().map(|(mean, var)| Some(BatchStats { mean, var, running: None }));
         let output = XUnitOutput {
@@ -150,7 +177,7 @@ fn unit_backward(bencher: Bencher, variant: Variant, k: usize) {
     let mut gx = x.clone();
     let (mut gweight, mut gpointwise) = (noise(BATCH.c * k * k), noise(BATCH.c * BATCH.c));
     let mut small: [Vec<f32>; 4] = std::array::from_fn(|_| noise(BATCH.c));
-    bencher.counter(flops(&geometry(k))).bench_local(|| {
+    bencher.counter(flops(&geometry(k, 1))).bench_local(|| {
         let [a, b, c, d] = small.each_mut().map(|small| &mut small[..]);
         let gradients = XUnitGradients {
             x: &mut gx,

@@ -3,10 +3,11 @@
 //!
 //! `f32` runs on rten-simd's tokens: zero-sized types that exist only where the CPU has the
 //! instruction set. `f64` serves gradient checks: it is an array of eight lanes that the compiler
-//! vectorises for the same instruction set, because every kernel is inlined into [`dispatch`].
+//! vectorises for the same instruction set, because every kernel is inlined into a function for it: see
+//! [`Compiled`].
 
 use std::fmt;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use std::mem::transmute_copy;
 use std::sync::{LazyLock, OnceLock};
 
@@ -17,6 +18,8 @@ use rten_simd::isa::GenericIsa;
 use rten_simd::isa::{Avx2Isa, Avx512Isa};
 use rten_simd::ops::{BitOps, FloatOps, IntOps, NumOps};
 use rten_simd::{Isa as RtenIsa, Simd as _};
+
+use crate::kernels::MAX_LANES;
 
 /// An instruction set that the kernels can run on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -237,6 +240,53 @@ pub trait Simd<T: Scalar>: Copy {
         unsafe { transpose(from, from_ld, to, to_ld) }
     }
     fn sigmoid(self, x: Self::V) -> Self::V;
+    /// The even and the odd elements of a and b, one after the other.
+    #[inline(always)]
+    fn unzip(self, a: Self::V, b: Self::V) -> [Self::V; 2] {
+        unzip(self, a, b)
+    }
+    /// The elements of a and b by turns: what [`Simd::unzip`] undoes.
+    #[inline(always)]
+    fn zip(self, a: Self::V, b: Self::V) -> [Self::V; 2] {
+        zip(self, a, b)
+    }
+    /// Runs a part of a kernel, of `f32` as a function of its own, for the sake of the compiler's time.
+    #[inline(always)]
+    fn apart<K: Kernel<T>>(self, kernel: K) -> K::Output {
+        kernel.run(self)
+    }
+}
+
+/// [`Simd::unzip`], element by element.
+#[inline(always)]
+fn unzip<T: Scalar, S: Simd<T>>(simd: S, a: S::V, b: S::V) -> [S::V; 2] {
+    let mut pairs = [T::ZERO; 2 * MAX_LANES];
+    let mut parts = [[T::ZERO; MAX_LANES]; 2];
+    // SAFETY: no vector has more lanes.
+    unsafe {
+        simd.store(a, pairs.as_mut_ptr());
+        simd.store(b, pairs[simd.lanes()..].as_mut_ptr());
+        for (i, &x) in pairs[..2 * simd.lanes()].iter().enumerate() {
+            parts[i % 2][i / 2] = x;
+        }
+        [simd.load(parts[0].as_ptr()), simd.load(parts[1].as_ptr())]
+    }
+}
+
+/// [`Simd::zip`], element by element.
+#[inline(always)]
+fn zip<T: Scalar, S: Simd<T>>(simd: S, a: S::V, b: S::V) -> [S::V; 2] {
+    let mut pairs = [T::ZERO; 2 * MAX_LANES];
+    let mut parts = [[T::ZERO; MAX_LANES]; 2];
+    // SAFETY: no vector has more lanes.
+    unsafe {
+        simd.store(a, parts[0].as_mut_ptr());
+        simd.store(b, parts[1].as_mut_ptr());
+        for (i, x) in pairs[..2 * simd.lanes()].iter_mut().enumerate() {
+            *x = parts[i % 2][i / 2];
+        }
+        [simd.load(pairs.as_ptr()), simd.load(pairs[simd.lanes()..].as_ptr())]
+    }
 }
 
 /// [`Simd::transpose`], element by element.
@@ -286,6 +336,48 @@ unsafe fn avx_transpose(from: *const f32, from_ld: usize, to: *mut f32, to_ld: u
         let (u, v) = (_mm256_shuffle_ps::<0xEE>(t1, t3), _mm256_shuffle_ps::<0xEE>(t5, t7));
         store(_mm256_permute2f128_ps::<0x20>(u, v), 3);
         store(_mm256_permute2f128_ps::<0x31>(u, v), 7);
+    }
+}
+
+/// Of two vectors of sixteen lanes, one after the other: the even and the odd elements; those of both by turns, of
+/// the first and of the second halves.
+#[cfg(target_arch = "x86_64")]
+const EVEN_ODD: [[i32; 16]; 2] = {
+    let mut lists = [[0; 16]; 2];
+    let mut i = 0;
+    while i < 32 {
+        lists[i % 2][i / 2] = i as i32;
+        i += 1;
+    }
+    lists
+};
+#[cfg(target_arch = "x86_64")]
+const BY_TURNS: [[i32; 16]; 2] = {
+    let mut lists = [[0; 16]; 2];
+    let mut i = 0;
+    while i < 32 {
+        lists[i / 16][i % 16] = (i / 2 + i % 2 * 16) as i32;
+        i += 1;
+    }
+    lists
+};
+
+/// For both lists, the elements that they name.
+///
+/// # Safety
+/// On a CPU with AVX-512; V must be `__m512`.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn avx512_permute<V>(a: V, b: V, lists: &'static [[i32; 16]; 2]) -> [V; 2] {
+    use std::arch::x86_64::{__m512, _mm512_loadu_si512, _mm512_permutex2var_ps};
+    // SAFETY: the caller's promise; the lists are as long as vectors.
+    unsafe {
+        let (a, b) = (transmute_copy::<V, __m512>(&a), transmute_copy::<V, __m512>(&b));
+        let of = |list: &[i32; 16]| {
+            let list = _mm512_loadu_si512(list.as_ptr().cast());
+            transmute_copy(&_mm512_permutex2var_ps(a, list, b))
+        };
+        [of(&lists[0]), of(&lists[1])]
     }
 }
 
@@ -545,6 +637,80 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
         // Where it is no normal number, the exponential of −x may be none at all.
         ops.select(ops.zero(), y, ops.lt(x, ops.splat(LEAST)))
     }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn unzip(self, a: I::F32, b: I::F32) -> [I::F32; 2] {
+        use std::arch::x86_64::*;
+        // SAFETY: of this architecture's instruction sets those with so many lanes are AVX-512 and AVX2.
+        unsafe {
+            match self.lanes() {
+                16 => avx512_permute(a, b, &EVEN_ODD),
+                8 => {
+                    let (a, b) = (transmute_copy(&a), transmute_copy(&b));
+                    // Two of a, two of b in each half.
+                    let in_order = |x| _mm256_permute4x64_pd::<0xD8>(_mm256_castps_pd(x));
+                    let even = in_order(_mm256_shuffle_ps::<0x88>(a, b));
+                    let odd = in_order(_mm256_shuffle_ps::<0xDD>(a, b));
+                    [transmute_copy(&even), transmute_copy(&odd)]
+                }
+                _ => unzip(self, a, b),
+            }
+        }
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn zip(self, a: I::F32, b: I::F32) -> [I::F32; 2] {
+        use std::arch::x86_64::*;
+        // SAFETY: as in `unzip`.
+        unsafe {
+            match self.lanes() {
+                16 => avx512_permute(a, b, &BY_TURNS),
+                8 => {
+                    let (a, b) = (transmute_copy(&a), transmute_copy(&b));
+                    let (low, high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+                    let first = _mm256_permute2f128_ps::<0x20>(low, high);
+                    let second = _mm256_permute2f128_ps::<0x31>(low, high);
+                    [transmute_copy(&first), transmute_copy(&second)]
+                }
+                _ => zip(self, a, b),
+            }
+        }
+    }
+    #[cfg(target_arch = "aarch64")]
+    #[inline(always)]
+    fn unzip(self, a: I::F32, b: I::F32) -> [I::F32; 2] {
+        use std::arch::aarch64::{vuzp1q_f32, vuzp2q_f32};
+        const { assert!(size_of::<I::F32>() == 16) };
+        // SAFETY: every CPU of this architecture has the instructions; vectors are four numbers.
+        unsafe {
+            let (a, b) = (transmute_copy(&a), transmute_copy(&b));
+            [transmute_copy(&vuzp1q_f32(a, b)), transmute_copy(&vuzp2q_f32(a, b))]
+        }
+    }
+    #[cfg(target_arch = "aarch64")]
+    #[inline(always)]
+    fn zip(self, a: I::F32, b: I::F32) -> [I::F32; 2] {
+        use std::arch::aarch64::{vzip1q_f32, vzip2q_f32};
+        const { assert!(size_of::<I::F32>() == 16) };
+        // SAFETY: as in `unzip`.
+        unsafe {
+            let (a, b) = (transmute_copy(&a), transmute_copy(&b));
+            [transmute_copy(&vzip1q_f32(a, b)), transmute_copy(&vzip2q_f32(a, b))]
+        }
+    }
+    #[inline(always)]
+    fn apart<K: Kernel<f32>>(self, kernel: K) -> K::Output {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: of this architecture's instruction sets those with so many lanes are AVX-512 and AVX2.
+        unsafe {
+            match size_of::<I::F32>() {
+                64 => return kernel.on_avx512(self),
+                32 => return kernel.on_avx2(self),
+                _ => {}
+            }
+        }
+        kernel.on_any(self)
+    }
 }
 
 const F64_LANES: usize = 8;
@@ -632,16 +798,40 @@ impl Simd<f64> for F64 {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")]
-fn on_avx512<T: Scalar, K: Kernel<T>>(simd: impl Simd<T>, kernel: K) -> K::Output {
-    kernel.run(simd)
+/// A kernel as a function for each instruction set. Methods, because the compiler puts those into the module of their
+/// `self`: so it works on several modules of kernels at a time. Not inlined, because what it takes grows faster than
+/// the length of a function.
+trait Compiled<T: Scalar>: Kernel<T> {
+    /// # Safety
+    /// On a CPU with AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn on_avx512(self, simd: impl Simd<T>) -> Self::Output;
+    /// # Safety
+    /// On a CPU with AVX2.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn on_avx2(self, simd: impl Simd<T>) -> Self::Output;
+    fn on_any(self, simd: impl Simd<T>) -> Self::Output;
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn on_avx2<T: Scalar, K: Kernel<T>>(simd: impl Simd<T>, kernel: K) -> K::Output {
-    kernel.run(simd)
+impl<T: Scalar, K: Kernel<T>> Compiled<T> for K {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")]
+    #[inline(never)]
+    unsafe fn on_avx512(self, simd: impl Simd<T>) -> K::Output {
+        self.run(simd)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(never)]
+    unsafe fn on_avx2(self, simd: impl Simd<T>) -> K::Output {
+        self.run(simd)
+    }
+
+    #[inline(never)]
+    fn on_any(self, simd: impl Simd<T>) -> K::Output {
+        self.run(simd)
+    }
 }
 
 macro_rules! scalar {
@@ -670,14 +860,14 @@ macro_rules! scalar {
                     {
                         const $tile: usize = 4;
                         // SAFETY: the token proves that the CPU has these features.
-                        return unsafe { on_avx512($simd, kernel) };
+                        return unsafe { kernel.on_avx512($simd) };
                     }
                     if isa == Isa::Avx2
                         && let Some($isa) = Avx2Isa::new()
                     {
                         const $tile: usize = 2;
                         // SAFETY: the token proves that the CPU has these features.
-                        return unsafe { on_avx2($simd, kernel) };
+                        return unsafe { kernel.on_avx2($simd) };
                     }
                 }
                 #[cfg(target_arch = "aarch64")]
@@ -685,12 +875,12 @@ macro_rules! scalar {
                     && let Some($isa) = ArmNeonIsa::new()
                 {
                     const $tile: usize = 4;
-                    return kernel.run($simd);
+                    return kernel.on_any($simd);
                 }
                 let $isa = GenericIsa::new();
                 const $tile: usize = 2;
                 let _ = isa;
-                kernel.run($simd)
+                kernel.on_any($simd)
             }
         }
     };

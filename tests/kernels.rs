@@ -12,7 +12,7 @@ use xunit_rs::kernels::activation::{
 };
 use xunit_rs::kernels::minimal::Filter;
 use xunit_rs::kernels::transpose::Transpose;
-use xunit_rs::kernels::{MAX_LANES, conv, general, masked};
+use xunit_rs::kernels::{MAX_LANES, conv, general, masked, pixels};
 use xunit_rs::reference;
 use xunit_rs::shape::{Batch, Conv, Geometry};
 use xunit_rs::simd::{Isa, Kernel, Scalar, Simd, available, dispatch, fence, selected};
@@ -695,6 +695,18 @@ fn depthwise_operation_at_every_width_and_height() {
                     depthwise_of(&mut noise, &Geometry::new(input, conv).unwrap(), h == 5);
                 }
             }
+            // Rows are split into even and odd elements, two vectors at a time.
+            for w in (1..=70).chain([96, 127, 128]) {
+                for left in 0..k {
+                    let input = Batch::new(&[2, 1, 1 + noise.below(9), w]).unwrap();
+                    let padding = [noise.below(k), noise.below(k), left, noise.below(k)];
+                    let stride = [1 + left % 2, 2];
+                    let conv = Conv { stride, padding, ..Conv::same(k).unwrap() };
+                    if let Ok(geometry) = Geometry::new(input, conv) {
+                        depthwise_of(&mut noise, &geometry, w % 5 == 0);
+                    }
+                }
+            }
         }
     });
 }
@@ -752,6 +764,42 @@ fn depthwise_gradients_that_nobody_needs_are_not_computed() {
             assert_eq!(some.weight, all.weight.clone().filter(|_| needs[1]));
             assert_eq!(some.bias, all.bias.clone().filter(|_| needs[2]));
         }
+    }
+}
+
+/// What goes past the caches is the same.
+#[test]
+fn pixels_past_the_caches() {
+    let (h, w, c) = (5, 11, 32);
+    let mut noise = Noise::new(12);
+    let mut vec = |n: usize| cast::<f32>(&noise.vec(n));
+    let (x, taps, bias) = (vec(h * w * c), vec(9 * c), vec(c));
+    let grid = pixels::Grid { kernel: (3, 3), stride: (1, 1), origin: (-1, -1) };
+    for isa in available() {
+        let run = |stream: bool| {
+            let mut out = nan::<f32>(h * w * c + MAX_LANES);
+            let first = out.as_ptr().align_offset(64);
+            let to = out[first..].as_mut_ptr();
+            // SAFETY: there are so many pixels, and nobody reads them before the fence.
+            let out_places =
+                unsafe { general::Places::new(to, (w * c, c), (h, w), c).streamed(stream) };
+            f32::dispatch(
+                isa,
+                pixels::Forward {
+                    image: pixels::Image::new(&x, (h, w), c, 0..c),
+                    grid,
+                    taps: &taps,
+                    bias: &bias,
+                    rows: 0..h,
+                    out: out_places,
+                },
+            );
+            fence();
+            out[first..][..h * w * c].to_vec()
+        };
+        let plain = run(false);
+        assert!(plain.iter().all(|y| y.is_finite()));
+        same_bits(&run(true), &plain, || format!("{isa}"));
     }
 }
 

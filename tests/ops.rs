@@ -735,6 +735,7 @@ fn depthwise_in_channels_last() {
         let (x, grad) = (channels_last::<T>(&x), channels_last::<T>(&grad));
         let (weight, bias) = (flat::<T, _>(&weight), flat::<T, _>(&bias));
         let case = || format!("{} {} {geometry:?}", size_of::<T>(), simd::selected());
+        let mut alone: Option<[Vec<T>; 4]> = None;
         for threads in [1, 3] {
             let threads = Threads::Own(threads);
             let mut got = nan::<T>(output.size());
@@ -760,6 +761,19 @@ fn depthwise_in_channels_last() {
             close_beside(&of_x, &channels_last::<f64>(&gx), 1.0, || format!("gx, {}", case()));
             close_beside(&of_weight, &gweight, 1.0, || format!("gweight, {}", case()));
             close_beside(&of_bias, &gbias, 1.0, || format!("gbias, {}", case()));
+            // The same whatever else is asked for, and on however many threads.
+            let mut bias_alone = nan::<T>(input.c);
+            let gradients =
+                DepthwiseGradients { x: None, weight: None, bias: Some(&mut bias_alone) };
+            ops::depthwise_backward_channels_last(geometry, &grad, &x, &weight, gradients, threads)
+                .unwrap();
+            same_bits(&bias_alone, &of_bias, || format!("gbias alone, {}", case()));
+            let all = [got, of_x, of_weight, of_bias];
+            for (i, all) in all.iter().enumerate() {
+                let alone = alone.as_ref().map_or(all, |alone| &alone[i]);
+                same_bits(all, alone, || format!("output {i}, {threads:?}, {}", case()));
+            }
+            alone = Some(all);
         }
     }
     on_every_isa("depthwise_in_channels_last", || {
@@ -801,6 +815,45 @@ fn depthwise_in_channels_last() {
         let tall = Batch::new(&[1, 17, 300, 40]).unwrap();
         let geometry = Geometry::new(tall, Conv::same(7).unwrap()).unwrap();
         check_in::<f32>(&geometry, &mut noise, false);
+        // As pixels lie in memory: every width of a tile, every padding, channels that are no whole vectors.
+        for k in [3, 5, 7, 9] {
+            for stride in [1, 2] {
+                for w in (1..=20).chain([31, 35, 64]) {
+                    let kh = [2, 3, 5, 7, 9][noise.below(5)];
+                    let mut below = |n: usize| noise.below(n);
+                    let padding = [below(kh), below(kh), below(k), below(k)];
+                    let c = [16, 17, 24, 31, 40][below(5)];
+                    let input = Batch::new(&[1 + below(2), c, 1 + below(12), w]).unwrap();
+                    let conv = Conv { kh, kw: k, stride: [stride; 2], padding, dilation: [1, 1] };
+                    if let Ok(geometry) = Geometry::new(input, conv) {
+                        check_in::<f32>(&geometry, &mut noise, w % 4 == 0);
+                    }
+                }
+                // Several chunks of channels, strips of rows, groups of images.
+                for (n, c, h, w) in [(1, 200, 70, 9), (70, 16, 3, 5), (2, 130, 33, 12)] {
+                    let input = Batch::new(&[n, c, h, w]).unwrap();
+                    let conv = Conv { stride: [stride; 2], ..Conv::same(k).unwrap() };
+                    check_in::<f32>(&Geometry::new(input, conv).unwrap(), &mut noise, false);
+                }
+            }
+        }
+        // More rows of a gradient than all phases read at a time.
+        let conv = Conv { stride: [2, 2], ..Conv::same(3).unwrap() };
+        let input = Batch::new(&[1, 128, 96, 96]).unwrap();
+        check_in::<f32>(&Geometry::new(input, conv).unwrap(), &mut noise, false);
+        // Infinite taps meet the zeros of the padding.
+        let input = Batch::new(&[1, 17, 6, 7]).unwrap();
+        let geometry = Geometry::new(input, Conv::same(3).unwrap()).unwrap();
+        let (x, mut weight) = (noise.array(input.dims()), noise.array((17, 3, 3)));
+        weight[[16, 0, 0]] = f64::INFINITY;
+        let x: Array4<f64> = x.into_dimensionality().unwrap();
+        let want = reference::depthwise(&x, &weight, None, &geometry.conv);
+        let mut got = nan::<f32>(input.size());
+        let (x, weight) = (channels_last::<f32>(&x), flat::<f32, _>(&weight));
+        let one = Threads::Own(1);
+        ops::depthwise_forward_channels_last(&geometry, &x, &weight, None, &mut got, one).unwrap();
+        assert!(got[16].is_nan());
+        close_beside(&got, &channels_last::<f64>(&want), 1.0, || "infinite taps".into());
     });
 }
 

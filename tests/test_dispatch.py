@@ -58,6 +58,31 @@ def test_rust_runs_forward_and_backward(unit, bn, calls):
     assert calls.count == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "ours"),
+    [
+        ({"kernel_size": 3, "padding": 1}, True),
+        ({"kernel_size": 5, "stride": 2, "padding": 2}, True),
+        ({"kernel_size": (2, 3), "padding": 1}, True),
+        ({"kernel_size": 9, "padding": 4}, True),
+        # Kernels that do not read pixels as they lie: of these torch's are the faster ones.
+        ({"kernel_size": 3, "padding": 1, "dilation": 2}, False),
+        ({"kernel_size": 3, "padding": 3}, False),
+        ({"kernel_size": 4, "padding": 1}, False),
+        ({"kernel_size": 7, "stride": (1, 2), "padding": 3}, False),
+        ({"kernel_size": 8, "padding": 3}, True),
+    ],
+)
+def test_auto_takes_the_faster_one_in_channels_last(options, ours, calls):
+    x = torch.randn(1, 32, 48, 48).contiguous(memory_format=torch.channels_last)
+    module = DepthwiseConv2d(32, **options).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        out = module(x)
+    assert calls.count == int(ours)
+    twin = module.double()(x.double())
+    torch.testing.assert_close(out.double(), twin, rtol=1e-4, atol=1e-5)
+
+
 def test_torch_backend_never_calls_rust(calls):
     x = torch.randn(2, 3, 6, 6)
     xUnit(3, 3, backend="torch")(x).sum().backward()

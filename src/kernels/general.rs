@@ -7,6 +7,7 @@
 
 use std::marker::PhantomData;
 
+use super::activation::Target;
 use super::{MAX_LANES, extent};
 use crate::simd::{Kernel, Scalar, Simd};
 
@@ -146,6 +147,123 @@ impl<T: Scalar> Tile<'_, T> {
     }
 }
 
+/// Splits rows into their even and odd elements, for a stride of two.
+pub struct Split<'a, T> {
+    /// Rows of `width`, contiguous.
+    pub from: &'a [T],
+    pub width: usize,
+    /// Rows `ld` apart; what else they hold stays.
+    pub to: &'a mut [T],
+    pub ld: usize,
+    /// Where the first even and the first odd element of a row go.
+    pub places: [usize; 2],
+    /// Rows that are read next, as many or none: asked for meanwhile.
+    pub next: &'a [T],
+}
+
+impl<T: Scalar> Kernel<T> for Split<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(self, simd: S) {
+        let Self { from, width, to, ld, places: [even, odd], next } = self;
+        let (rows, lanes) = (from.len() / width, simd.lanes());
+        assert!(from.len() == rows * width && rows > 0);
+        let reach = (even + width.div_ceil(2)).max(odd + width / 2);
+        assert!(to.len() >= (rows - 1) * ld + reach);
+        let next = if next.is_empty() { from } else { next }.as_ptr();
+        for y in 0..rows {
+            let mut x = 0;
+            // SAFETY: elements x.. of row y, and of both halves of its place, by the assertions above.
+            unsafe {
+                let row = from.as_ptr().add(y * width);
+                let to = to.as_mut_ptr().add(y * ld);
+                while x + 2 * lanes <= width {
+                    let at = row.add(x);
+                    let ahead = next.wrapping_add(y * width + x);
+                    simd.prefetch_second(ahead);
+                    simd.prefetch_second(ahead.wrapping_add(lanes));
+                    let [a, b] = simd.unzip(simd.load(at), simd.load(at.add(lanes)));
+                    simd.store(a, to.add(even + x / 2));
+                    simd.store(b, to.add(odd + x / 2));
+                    x += 2 * lanes;
+                }
+                if x < width {
+                    let (at, left) = (row.add(x), width - x);
+                    simd.prefetch_second(next.wrapping_add(y * width + x));
+                    let second =
+                        simd.load_first(at.add(left.min(lanes)), left.saturating_sub(lanes));
+                    let [a, b] = simd.unzip(simd.load_first(at, left.min(lanes)), second);
+                    simd.store_first(a, to.add(even + x / 2), left.div_ceil(2));
+                    simd.store_first(b, to.add(odd + x / 2), left / 2);
+                }
+            }
+        }
+    }
+}
+
+/// What [`Split`] undoes: rows of a plane, of their even and odd elements.
+pub struct Merge<'a, T> {
+    /// Those of the rows that are written, contiguous.
+    pub parts: [&'a [T]; 2],
+    /// The whole plane; only its rows `first`, `first` + `step` and so on are written, past the caches, if it may,
+    /// where rows are whole vectors.
+    pub out: Target<'a, T>,
+    pub width: usize,
+    pub first: usize,
+    pub step: usize,
+}
+
+impl<T: Scalar> Kernel<T> for Merge<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(self, simd: S) {
+        let Self { parts: [even, odd], out, width, first, step } = self;
+        let (height, lanes) = (out.slice.len() / width, simd.lanes());
+        assert!(out.slice.len() == height * width && step > 0);
+        let rows = height.saturating_sub(first).div_ceil(step);
+        assert!(even.len() == rows * width.div_ceil(2) && odd.len() == rows * (width / 2));
+        let stream = width.is_multiple_of(lanes) && out.streams(simd);
+        for y in 0..rows {
+            let mut x = 0;
+            // SAFETY: elements of both parts of row y, and x.. of its place, by the assertions above; what is
+            // streamed is aligned, as `streams` says.
+            unsafe {
+                let even = even.as_ptr().add(y * width.div_ceil(2));
+                let odd = odd.as_ptr().add(y * (width / 2));
+                let to = out.slice.as_mut_ptr().add((first + y * step) * width);
+                while x < width {
+                    let left = width - x;
+                    let whole = left >= 2 * lanes;
+                    let part = |from: *const T, n: usize| match whole {
+                        true => simd.load(from.add(x / 2)),
+                        false => simd.load_first(from.add(x / 2), n),
+                    };
+                    let [a, b] = simd.zip(part(even, left.div_ceil(2)), part(odd, left / 2));
+                    let to = to.add(x);
+                    match (whole, stream) {
+                        (true, true) => {
+                            simd.stream(a, to);
+                            simd.stream(b, to.add(lanes));
+                        }
+                        (true, false) => {
+                            simd.store(a, to);
+                            simd.store(b, to.add(lanes));
+                        }
+                        _ => {
+                            let n = left.min(lanes);
+                            simd.store_first(a, to, n);
+                            simd.store_first(b, to.add(n), left - n);
+                        }
+                    }
+                    x += 2 * lanes;
+                }
+            }
+        }
+    }
+}
+
 /// sum\[t\] += Σ grad\[y\]\[x\] · input\[y · step + offsets\[t\] + x\], one plane.
 pub struct WeightGradient<'a, T> {
     /// Rows of `ow`, contiguous.
@@ -178,6 +296,7 @@ impl<T: Scalar> Kernel<T> for WeightGradient<'_, T> {
                 // SAFETY: every row of every tap is in reach by the assertions above.
                 t += unsafe {
                     match self.offsets.len() - t {
+                        9.. if const { S::TILE_VECTORS == 4 } => self.taps::<S, 9>(simd, rows, t),
                         8.. => self.taps::<S, 8>(simd, rows, t),
                         5.. => self.taps::<S, 5>(simd, rows, t),
                         3.. => self.taps::<S, 3>(simd, rows, t),
@@ -237,8 +356,9 @@ impl<T: Scalar> WeightGradient<'_, T> {
 pub struct Places<'a, T> {
     ptr: *mut T,
     steps: (usize, usize),
-    count: (usize, usize),
-    channels: usize,
+    pub(super) count: (usize, usize),
+    pub(super) channels: usize,
+    stream: bool,
     target: PhantomData<&'a mut [T]>,
 }
 
@@ -252,7 +372,36 @@ impl<T> Places<'_, T> {
         count: (usize, usize),
         channels: usize,
     ) -> Self {
-        Self { ptr, steps, count, channels, target: PhantomData }
+        Self { ptr, steps, count, channels, stream: false, target: PhantomData }
+    }
+
+    /// Past the caches, if `stream`, where vectors are whole lines.
+    ///
+    /// # Safety
+    /// After the kernel, nobody may read them before this thread has called [`crate::simd::fence`], as
+    /// [`crate::parallel::for_each`] does at the end.
+    pub unsafe fn streamed(self, stream: bool) -> Self {
+        Self { stream, ..self }
+    }
+
+    /// Whether vectors of all channels go past the caches.
+    pub(super) fn streams(&self, lanes: usize) -> bool
+    where
+        T: Scalar,
+    {
+        let aligned = [self.ptr.addr() / size_of::<T>(), self.steps.0, self.steps.1, self.channels];
+        self.stream
+            && lanes == MAX_LANES
+            && aligned.into_iter().all(|at| at.is_multiple_of(MAX_LANES))
+    }
+
+    /// The first channel of pixel (y, x).
+    ///
+    /// # Safety
+    /// The pixel must be one of these.
+    pub(super) unsafe fn at(&self, y: usize, x: usize) -> *mut T {
+        // SAFETY: the caller's promise.
+        unsafe { self.ptr.add(y * self.steps.0 + x * self.steps.1) }
     }
 }
 
@@ -326,7 +475,7 @@ impl<T: Scalar> BlockForward<'_, T> {
                 }
             }
             for (c, &v) in acc.iter().enumerate() {
-                let to = out.ptr.add(y * out.steps.0 + (x + c) * out.steps.1);
+                let to = out.at(y, x + c);
                 if out.channels == lanes {
                     simd.store(v, to);
                 } else {

@@ -45,31 +45,40 @@ impl<T: Scalar> Kernel<T> for Forward<'_, T> {
     #[inline(always)]
     fn run<S: Simd<T>>(self, simd: S) {
         if const { S::MASKED_LOADS } {
-            // As `Taps::pads` says.
-            match self.taps.rows() {
-                3 => self.of::<S, 3>(simd),
-                5 => self.of::<S, 5>(simd),
-                rows => panic!("{rows} rows of taps"),
+            let streams = self.ow.is_multiple_of(simd.lanes()) && self.out.streams(simd);
+            macro_rules! square {
+                ($($k:literal)+) => {
+                    match (self.taps.rows(), streams, self.copy.from.is_empty()) {
+                        $(($k, true, _) => simd.apart(Square::<T, $k, true, false>(self)),
+                        ($k, false, true) => simd.apart(Square::<T, $k, false, false>(self)),
+                        ($k, false, false) => simd.apart(Square::<T, $k, false, true>(self)),)+
+                        (rows, ..) => panic!("{rows} rows of taps"),
+                    }
+                };
             }
+            // As `Taps::pads` says.
+            square!(3 5);
         } else {
             panic!("no masks");
         }
     }
 }
 
-impl<T: Scalar> Forward<'_, T> {
-    /// Of K × K taps.
-    #[inline(always)]
-    fn of<S: Simd<T>, const K: usize>(self, simd: S) {
-        let whole = self.ow.is_multiple_of(simd.lanes());
-        // Outside of the loop over strips: the compiler would take long to find that out.
-        match (whole && self.out.streams(simd), self.copy.from.is_empty()) {
-            (true, _) => self.strips::<S, K, true, false>(simd),
-            (false, true) => self.strips::<S, K, false, false>(simd),
-            (false, false) => self.strips::<S, K, false, true>(simd),
-        }
-    }
+/// [`Forward`] of K × K taps.
+struct Square<'a, T, const K: usize, const STREAM: bool, const COPY: bool>(Forward<'a, T>);
 
+impl<T: Scalar, const K: usize, const STREAM: bool, const COPY: bool> Kernel<T>
+    for Square<'_, T, K, STREAM, COPY>
+{
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(self, simd: S) {
+        self.0.strips::<S, K, STREAM, COPY>(simd);
+    }
+}
+
+impl<T: Scalar> Forward<'_, T> {
     #[inline(always)]
     fn strips<S: Simd<T>, const K: usize, const STREAM: bool, const COPY: bool>(self, simd: S) {
         const WIDEST: usize = 4;

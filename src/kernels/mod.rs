@@ -10,6 +10,7 @@ pub mod general;
 pub mod masked;
 pub mod minimal;
 pub mod peak;
+pub mod pixels;
 pub mod product;
 pub mod transpose;
 pub mod winograd;

@@ -1,9 +1,10 @@
-//! Depthwise convolution of tensors in channels_last (N, H, W, C): in blocks of as many channels as
-//! a vector has lanes.
+//! Depthwise convolution of tensors in channels_last (N, H, W, C): where [`pixels`] does not take them as they lie, in
+//! blocks of as many channels as a vector has lanes.
 //!
 //! A strip of a block is copied out, pixel by pixel, between columns of zeros; there it is a plane of
 //! `block` times the width. Copies are aligned and stay in cache: nothing is transposed.
 
+use super::pixels;
 use super::scratch::{Scratch, Window};
 use super::{DepthwiseGradients, Planes, check_depthwise, expect_len, optional_len};
 use crate::kernels::activation::{CopyOut, Target};
@@ -35,7 +36,9 @@ pub fn depthwise_forward_channels_last<T: Scalar>(
     optional_len("bias", bias, input.c)?;
     expect_len("y", y, output.size())?;
     let threads = threads.for_work(output.size() * taps);
-    if is_tiled(geometry) {
+    if pixels::is_direct(geometry, weight) {
+        pixels::forward(geometry, x, weight, bias, y, threads);
+    } else if is_tiled(geometry) {
         convolve(geometry, x, weight, bias, y, threads, |tap| tap);
     } else {
         convolve_general(geometry, x, weight, bias, y, threads);
@@ -54,14 +57,17 @@ pub fn depthwise_backward_channels_last<T: Scalar>(
     threads: Threads,
 ) -> Result<(), ShapeError> {
     let (input, output, taps) = check_depthwise(geometry, x, weight)?;
-    let DepthwiseGradients { x: gx, weight: gweight, bias: gbias } = gradients;
+    let DepthwiseGradients { x: gx, weight: mut gweight, bias: mut gbias } = gradients;
     expect_len("grad", grad, output.size())?;
     optional_len("x's gradient", gx.as_deref(), input.size())?;
     optional_len("weight's gradient", gweight.as_deref(), input.c * taps)?;
     optional_len("bias's gradient", gbias.as_deref(), input.c)?;
     let threads = threads.for_work(output.size() * taps);
+    let direct = pixels::is_direct(geometry, weight);
     if let Some(gx) = gx {
-        if is_tiled(geometry) {
+        if direct {
+            pixels::input_gradient(geometry, grad, weight, gx, threads);
+        } else if is_tiled(geometry) {
             // The convolution of the padded gradient with the taps turned by 180°.
             let Conv { kh, kw, padding: [top, bottom, left, right], .. } = geometry.conv;
             let padding = [kh - 1 - top, kh - 1 - bottom, kw - 1 - left, kw - 1 - right];
@@ -71,7 +77,14 @@ pub fn depthwise_backward_channels_last<T: Scalar>(
             transposed(geometry, grad, weight, gx, threads);
         }
     }
-    if gweight.is_some() || gbias.is_some() {
+    let wanted = gweight.is_some() || gbias.is_some();
+    if wanted && direct && pixels::has_weight_gradient(geometry) {
+        let (gweight, gbias) = (gweight.as_deref_mut(), gbias.as_deref_mut());
+        if pixels::parameters(geometry, grad, x, gweight, gbias, threads) {
+            return Ok(());
+        }
+    }
+    if wanted {
         parameters(geometry, grad, x, gweight, gbias, threads);
     }
     Ok(())

@@ -134,7 +134,7 @@ impl<'a, T: Scalar> Convolution<'a, T> {
             match self {
                 Self::Dense(dense) => dense.run(x, next, (n, c)),
                 Self::General { taps, bias, plane, out } => {
-                    plane.fill(x);
+                    plane.fill(x, next);
                     plane.forward(taps, *bias, out.plane(n, c));
                 }
             }
@@ -261,7 +261,7 @@ impl<T: Scalar> WeightGradient<T> {
         let (geometry, window) = match self {
             Self::Dense { geometry, window } => (&*geometry, window),
             Self::General { offsets, plane } => {
-                plane.fill(x);
+                plane.fill(x, next[1]);
                 return plane.weight_gradient(offsets, grad, sum);
             }
         };
@@ -325,7 +325,7 @@ impl<'a, T: Scalar> Transposed<'a, T> {
         unsafe {
             match self {
                 Self::Dense(convolution) => convolution.run(grad, next, (n, c)),
-                Self::General(transposed, out) => transposed.run(grad, out.plane(n, c)),
+                Self::General(transposed, out) => transposed.run(grad, out, (n, c)),
             }
         }
     }

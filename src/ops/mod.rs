@@ -12,6 +12,7 @@ mod depthwise;
 mod evaluate;
 mod groups;
 mod phases;
+mod pixels;
 mod pointwise;
 pub(crate) mod scratch;
 mod staged;

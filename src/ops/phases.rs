@@ -5,6 +5,7 @@
 //! the rows and columns of the input of one phase are a convolution of the gradient with the taps
 //! that reach that phase.
 
+use super::Planes;
 use super::scratch::Scratch;
 use crate::kernels::{MAX_LANES, general};
 use crate::shape::{Conv, Geometry};
@@ -29,10 +30,16 @@ impl<T: Scalar> Phases<T> {
         Self { data, geometry: *geometry, columns, ld }
     }
 
-    /// Takes in the plane that `x` begins with.
-    pub(super) fn fill(&mut self, x: &[T]) {
+    /// Takes in the plane that `x` begins with; `next` begins with the next one.
+    pub(super) fn fill(&mut self, x: &[T], next: &[T]) {
         let Self { geometry: Geometry { conv, input, .. }, columns, ld, .. } = *self;
         let ([top, _, left, _], stride) = (conv.padding, conv.stride[1]);
+        if stride == 2 {
+            let (from, to) = (&x[..input.plane()], &mut self.data[top * ld..]);
+            let places = [left, left + 1].map(|column| column % 2 * columns + column / 2);
+            let next = &next[..next.len().min(input.plane())];
+            return simd::dispatch(general::Split { from, width: input.w, to, ld, places, next });
+        }
         let rows = self.data[top * ld..].chunks_exact_mut(ld);
         for (to, from) in rows.zip(x.chunks_exact(input.w)).take(input.h) {
             for phase in 0..stride {
@@ -77,13 +84,6 @@ fn scatter_from<T: Scalar>(to: &mut [T], from: &[T], first: usize, stride: usize
     match (stride, from.get(first..)) {
         (_, None) => {}
         (1, Some(from)) => to[..from.len()].copy_from_slice(from),
-        (2, Some(from)) => {
-            let pairs = from.chunks_exact(2);
-            let last = pairs.remainder().first();
-            let count = pairs.len();
-            to.iter_mut().zip(pairs).for_each(|(to, pair)| *to = pair[0]);
-            last.into_iter().for_each(|&last| to[count] = last);
-        }
         (_, Some(from)) => {
             to.iter_mut().zip(from.iter().step_by(stride)).for_each(|(to, &from)| *to = from);
         }
@@ -99,12 +99,13 @@ pub(super) struct Transposed<T> {
     lead: [usize; 2],
     /// Per phase of rows and columns: its taps.
     taps: Vec<Vec<(usize, T)>>,
+    /// The rows of one phase, its columns phase by phase.
     part: Scratch<T>,
 }
 
 impl<T: Scalar> Transposed<T> {
     pub(super) fn new(geometry: &Geometry, weight: &[T]) -> Self {
-        let Geometry { conv, ph, pw, .. } = *geometry;
+        let Geometry { conv, input, ph, pw, .. } = *geometry;
         let Conv { kh, kw, stride: [sh, sw], dilation: [dh, dw], .. } = conv;
         let lead = [(kh - 1) * dh / sh, (kw - 1) * dw / sw];
         let (rows, columns) = (ph.div_ceil(sh), pw.div_ceil(sw));
@@ -117,50 +118,68 @@ impl<T: Scalar> Transposed<T> {
             let offset = (lead[0] - row / sh) * ld + lead[1] - column / sw;
             taps[row % sh * sw + column % sw].push((offset, w));
         }
-        Self { geometry: *geometry, grad, ld, lead, taps, part: Scratch::new(rows * columns) }
+        let part = Scratch::new(input.h.div_ceil(sh) * input.w);
+        Self { geometry: *geometry, grad, ld, lead, taps, part }
     }
 
-    /// Writes the gradient of the plane that `grad` begins with to `out`.
-    pub(super) fn run(&mut self, grad: &[T], out: &mut [T]) {
-        let Self { geometry: Geometry { conv, input, ow, oh, ph, pw, .. }, ld, lead, .. } = *self;
+    /// Writes the gradient of the plane that `grad` begins with to plane (n, c) of `out`.
+    ///
+    /// # Safety
+    /// As [`Planes::target`].
+    pub(super) unsafe fn run(&mut self, grad: &[T], out: &Planes<'_, T>, (n, c): (usize, usize)) {
+        let Self { geometry: Geometry { conv, input, ow, oh, .. }, ld, lead, .. } = *self;
         let Conv { stride: [sh, sw], padding: [top, _, left, _], .. } = conv;
         let rows = self.grad[lead[0] * ld..].chunks_exact_mut(ld);
         for (to, from) in rows.zip(grad.chunks_exact(ow)).take(oh) {
             to[lead[1]..][..ow].copy_from_slice(from);
         }
-        for (phase, taps) in self.taps.iter().enumerate() {
-            let (py, px) = (phase / sw, phase % sw);
-            // Rows and columns of the padded plane of this phase.
-            let (rows, width) =
-                (ph.saturating_sub(py).div_ceil(sh), pw.saturating_sub(px).div_ceil(sw));
-            if rows == 0 || width == 0 {
+        for py in 0..sh {
+            // The rows of x of this phase, and the first of them in the gradient.
+            let y = (py + sh - top % sh) % sh;
+            let rows = input.h.saturating_sub(y).div_ceil(sh);
+            if rows == 0 {
                 continue;
             }
-            let part = &mut self.part[..rows * width];
-            simd::dispatch(general::Forward {
-                input: &self.grad,
-                step: ld,
-                taps,
-                bias: T::ZERO,
-                out: &mut *part,
-                ow: width,
-            });
-            let first = (px + sw - left % sw) % sw;
-            let skip = (left + first) / sw;
-            for (i, part) in part.chunks_exact(width).enumerate() {
-                let Some(y) = (py + i * sh).checked_sub(top).filter(|&y| y < input.h) else {
+            let mut parts = &mut self.part[..];
+            let mut columns = [&[][..]; 2];
+            for px in 0..sw {
+                let x = (px + sw - left % sw) % sw;
+                let width = input.w.saturating_sub(x).div_ceil(sw);
+                if width == 0 {
                     continue;
-                };
-                let row = &mut out[y * input.w..][..input.w];
-                let Some(row) = row.get_mut(first..) else { continue };
-                match sw {
-                    1 => row.copy_from_slice(&part[skip..][..row.len()]),
-                    _ => row
-                        .iter_mut()
-                        .step_by(sw)
-                        .zip(&part[skip..])
-                        .for_each(|(to, &from)| *to = from),
                 }
+                let (part, rest) = std::mem::take(&mut parts).split_at_mut(rows * width);
+                simd::dispatch(general::Forward {
+                    input: &self.grad[(y + top) / sh * ld + (x + left) / sw..],
+                    step: ld,
+                    taps: &self.taps[py * sw + px],
+                    bias: T::ZERO,
+                    out: &mut *part,
+                    ow: width,
+                });
+                parts = rest;
+                if sw == 2 {
+                    columns[x] = &*part;
+                    continue;
+                }
+                // SAFETY: the caller's promise.
+                let out = unsafe { out.plane(n, c) }.chunks_exact_mut(input.w).skip(y).step_by(sh);
+                for (to, from) in out.zip(part.chunks_exact(width)) {
+                    match sw {
+                        1 => to.copy_from_slice(from),
+                        _ => to[x..]
+                            .iter_mut()
+                            .step_by(sw)
+                            .zip(from)
+                            .for_each(|(to, &from)| *to = from),
+                    }
+                }
+            }
+            if sw == 2 {
+                // SAFETY: the caller's promise.
+                let out = unsafe { out.target(n, c, 0..input.plane()) };
+                let (parts, width) = (columns, input.w);
+                simd::dispatch(general::Merge { parts, out, width, first: y, step: sh });
             }
         }
     }

@@ -1,0 +1,615 @@
+//! Depthwise convolution of tensors in channels_last as they are in memory, and its weight gradient, in `f32`: for
+//! kernels 3, 5, 7 and 9 wide and strides of 1 and 2, and the parts of such kernels that reach one phase of a stride.
+//!
+//! A vector is some channels of a pixel. A tile of outputs keeps the taps of a row of the kernel in registers, and
+//! every loaded pixel meets the taps of all outputs that it reaches; what lies outside of the image is left out. So
+//! nothing is copied, padded or laid out anew, and memory is read and written in order. Time over that by
+//! [`super::conv`]'s blocks, which are copied (Xeon, one thread, 64 × 64 and 56 × 56): forward 0.57 to 0.66 of K = 3,
+//! 0.53 to 0.6 of 5, 0.7 of 7, 0.77 of 9; input gradient 0.5 to 0.7; weight gradient 0.54 to 0.64 of 3, 0.6 to 0.8 of
+//! 5, the same of 7. That of 9 took 1.1 to 1.2 times as long, as rows come from the second-level cache once for each row
+//! of taps: there is none for a stride of 1.
+
+use std::ops::Range;
+
+use super::general::Places;
+use super::{MAX_LANES, extent};
+use crate::simd::{Kernel, Scalar, Simd};
+
+/// Some channels of an image in channels_last.
+#[derive(Clone, Copy)]
+pub struct Image<'a, T> {
+    /// From the first of these channels of the first pixel on.
+    data: &'a [T],
+    rows: usize,
+    columns: usize,
+    /// Elements from one pixel to the next.
+    step: usize,
+    channels: usize,
+}
+
+impl<'a, T> Image<'a, T> {
+    /// `pixels` are (rows, columns, step).
+    pub fn new(
+        pixels: &'a [T],
+        (rows, columns): (usize, usize),
+        step: usize,
+        channels: Range<usize>,
+    ) -> Self {
+        assert!(pixels.len() == rows * columns * step && !pixels.is_empty());
+        assert!(channels.start < channels.end && channels.end <= step);
+        let data = &pixels[channels.start..];
+        Self { data, rows, columns, step, channels: channels.len() }
+    }
+
+    /// Elements from one row to the next.
+    fn row(&self) -> usize {
+        self.columns * self.step
+    }
+
+    /// Where pixel (y, x) is, which need not be there.
+    fn at(&self, y: isize, x: isize) -> *const T {
+        let offset = y.wrapping_mul(self.row() as isize).wrapping_add(x * self.step as isize);
+        self.data.as_ptr().wrapping_offset(offset)
+    }
+}
+
+/// Where taps meet an image.
+#[derive(Clone, Copy)]
+pub struct Grid {
+    /// Rows and columns of taps.
+    pub kernel: (usize, usize),
+    /// Rows and columns of the image from one output to the next.
+    pub stride: (usize, usize),
+    /// The row and column of the image that the first tap of the first output meets, outside of it in padding.
+    pub origin: (isize, isize),
+}
+
+impl Grid {
+    /// The row of the image that the first tap of outputs `y` meets, and which of `count` rows from there on are of an
+    /// image of `rows` rows.
+    fn inside(&self, y: usize, rows: usize, count: usize) -> (isize, Range<usize>) {
+        let first = self.origin.0 + (y * self.stride.0) as isize;
+        let clamp = |row: isize| row.clamp(0, count as isize) as usize;
+        let low = clamp(-first);
+        (first, low..clamp(rows as isize - first).max(low))
+    }
+}
+
+/// What the next row needs, asked for vector by vector in the order of memory: so the processor asks ahead, too.
+#[derive(Clone, Copy)]
+struct Ahead<T> {
+    ptr: *const T,
+    /// Vectors of the pixel that are left.
+    left: usize,
+    blocks: usize,
+    /// From the last vector of a pixel to the first of the next one.
+    skip: usize,
+}
+
+impl<T: Scalar> Ahead<T> {
+    /// From so many vectors after pixel (y, x) on, which may be outside.
+    #[inline(always)]
+    fn new(image: Image<'_, T>, (y, x): (isize, isize), vectors: usize, lanes: usize) -> Self {
+        let blocks = blocks(image.channels, lanes);
+        let (pixel, vector) = (vectors / blocks, vectors % blocks);
+        let ptr = image.at(y, x + pixel as isize).wrapping_add(vector * lanes);
+        Self { ptr, left: blocks - vector, blocks, skip: image.step - (blocks - 1) * lanes }
+    }
+
+    /// A vector of each of so many rows, `row` elements apart; of several in a line of the cache, the first.
+    #[inline(always)]
+    fn ask<S: Simd<T>>(&mut self, simd: S, rows: usize, row: usize) {
+        if (self.blocks - self.left).is_multiple_of(MAX_LANES / simd.lanes()) {
+            for i in 0..rows {
+                simd.prefetch_second(self.ptr.wrapping_add(i * row));
+            }
+        }
+        self.left -= 1;
+        self.ptr = self.ptr.wrapping_add(if self.left == 0 { self.skip } else { simd.lanes() });
+        self.left = if self.left == 0 { self.blocks } else { self.left };
+    }
+}
+
+/// Blocks of channels: each a vector, of which the last may begin inside the one before.
+pub fn blocks(channels: usize, lanes: usize) -> usize {
+    channels.div_ceil(lanes)
+}
+
+/// The first channel of a block.
+fn start(block: usize, channels: usize, lanes: usize) -> usize {
+    (block * lanes).min(channels - lanes)
+}
+
+/// A kernel with the columns of taps and the stride of columns as constants.
+struct Constant<K, const KW: usize, const STRIDE: usize>(K);
+
+/// Runs a kernel as a [`Constant`] one. There is none for `f64`, which can do without.
+macro_rules! with_constants {
+    ($simd:expr, $kernel:expr, $(($kw:literal $stride:literal))+) => {
+        if const { size_of::<T>() == size_of::<f32>() } {
+            match ($kernel.grid.kernel.1, $kernel.grid.stride.1) {
+                $(($kw, $stride) => $simd.apart(Constant::<_, $kw, $stride>($kernel)),)+
+                other => panic!("{other:?} columns of taps and stride"),
+            }
+        } else {
+            panic!("no kernel for f64")
+        }
+    };
+}
+
+/// out\[y\]\[x\] = bias + Σ taps\[i\]\[j\] · image\[y · stride + i\]\[x · stride + j\], counted from the origin, of all
+/// channels, at least as many as a vector has lanes; there must be as many rows of taps as the stride has, or more.
+pub struct Forward<'a, T> {
+    pub image: Image<'a, T>,
+    pub grid: Grid,
+    /// (kh, kw, step), from the first of the channels on, as many a step as in the image.
+    pub taps: &'a [T],
+    /// (channels)
+    pub bias: &'a [T],
+    /// Rows of outputs: those of `out`.
+    pub rows: Range<usize>,
+    pub out: Places<'a, T>,
+}
+
+impl<T: Scalar> Kernel<T> for Forward<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(self, simd: S) {
+        let (rows, columns) = self.out.count;
+        let Image { channels, step, .. } = self.image;
+        let (kh, kw) = self.grid.kernel;
+        assert!(rows == self.rows.len() && columns > 0);
+        // Else no output would read some rows between those that are read.
+        assert!(kh >= self.grid.stride.0 && self.grid.stride.0 > 0);
+        assert!(channels == self.out.channels && channels >= simd.lanes());
+        assert!(self.taps.len() >= extent(kh * kw, step, channels) && self.bias.len() == channels);
+        with_constants!(
+            simd,
+            self,
+            (1 1) (2 1) (3 1) (4 1) (5 1) (7 1) (9 1) (3 2) (5 2) (7 2) (9 2)
+        );
+    }
+}
+
+impl<T: Scalar, const KW: usize, const STRIDE: usize> Kernel<T>
+    for Constant<Forward<'_, T>, KW, STRIDE>
+{
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(self, simd: S) {
+        let Self(job) = self;
+        let columns = job.out.count.1;
+        let wide = [8, 4].into_iter().find(|&wide| columns >= wide).unwrap_or(1);
+        let stream = job.out.streams(simd.lanes());
+        let mut y = job.rows.start;
+        while y < job.rows.end {
+            // Two rows share what they read, where registers hold the taps of both.
+            let pair =
+                const { S::TILE_VECTORS == 4 && KW <= 5 } && wide == 8 && y + 1 < job.rows.end;
+            let mut x = 0;
+            while x < columns {
+                // A tile writes only what is inside: the last one begins inside the one before.
+                let at = x.min(columns - wide);
+                // SAFETY: columns at..at + wide of as many rows of outputs.
+                unsafe {
+                    match wide {
+                        8 if const { S::TILE_VECTORS == 4 && KW <= 5 } && pair => {
+                            job.tiles::<S, KW, STRIDE, 2, 8>(simd, (y, at), stream)
+                        }
+                        8 => job.tiles::<S, KW, STRIDE, 1, 8>(simd, (y, at), stream),
+                        4 => job.tiles::<S, KW, STRIDE, 1, 4>(simd, (y, at), stream),
+                        _ => job.tiles::<S, KW, STRIDE, 1, 1>(simd, (y, at), stream),
+                    }
+                }
+                x += wide;
+            }
+            y += if pair { 2 } else { 1 };
+        }
+    }
+}
+
+impl<T: Scalar> Forward<'_, T> {
+    /// All channels of R × C outputs from row y and column x on.
+    ///
+    /// # Safety
+    /// The outputs must be inside. What is streamed are whole aligned vectors, which nobody may read before this
+    /// thread's fence.
+    #[inline(always)]
+    unsafe fn tiles<
+        S: Simd<T>,
+        const KW: usize,
+        const STRIDE: usize,
+        const R: usize,
+        const C: usize,
+    >(
+        &self,
+        simd: S,
+        (y, x): (usize, usize),
+        stream: bool,
+    ) {
+        let Self { image, grid, .. } = *self;
+        let (channels, lanes) = (image.channels, simd.lanes());
+        let read = (R - 1) * grid.stride.0 + grid.kernel.0;
+        let (first, inside) = grid.inside(y, image.rows, read);
+        let column = grid.origin.1 + (x * STRIDE) as isize;
+        let whole = column >= 0 && column as usize + (C - 1) * STRIDE + KW <= image.columns;
+        // What the next rows of outputs read besides: asked for meanwhile.
+        let next = (first + read as isize, column);
+        let y = y - self.rows.start;
+        for block in 0..blocks(channels, lanes) {
+            let c = start(block, channels, lanes);
+            let mut ahead = Ahead::new(image, next, block * C * STRIDE, lanes);
+            for _ in 0..C * STRIDE {
+                ahead.ask(simd, STRIDE * R, image.row());
+            }
+            // SAFETY: rows `inside` are of the image; columns of it are checked unless all are inside; the caller
+            // vouches for the outputs.
+            unsafe {
+                let tile = Tile {
+                    input: image.at(first + inside.start as isize, column).wrapping_add(c),
+                    image,
+                    column,
+                    taps: self.taps.as_ptr().add(c),
+                    kernel: (grid.kernel.0, grid.stride.0),
+                    inside: inside.clone(),
+                    bias: self.bias.as_ptr().add(c),
+                };
+                // Narrow tiles are few.
+                let sums = match whole && C == 8 {
+                    true => tile.run::<S, KW, STRIDE, R, C, false>(simd),
+                    false => tile.run::<S, KW, STRIDE, R, C, true>(simd),
+                };
+                for (r, sums) in sums.iter().enumerate() {
+                    for (p, &sum) in sums.iter().enumerate() {
+                        let out = self.out.at(y + r, x + p).add(c);
+                        match stream {
+                            true => simd.stream(sum, out),
+                            false => simd.store(sum, out),
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A block of channels of some outputs.
+struct Tile<'a, T> {
+    /// In `column` of the first row inside.
+    input: *const T,
+    image: Image<'a, T>,
+    /// Of the first tap of the first output.
+    column: isize,
+    taps: *const T,
+    /// Rows of taps, and the stride of rows.
+    kernel: (usize, usize),
+    /// Those of the rows that outputs read, from that of the first tap of the first one on, that are of the image.
+    inside: Range<usize>,
+    bias: *const T,
+}
+
+impl<T: Scalar> Tile<'_, T> {
+    /// The sums of R × C outputs; BORDER leaves out the columns beyond the image.
+    ///
+    /// # Safety
+    /// Rows, and columns unless BORDER, must be inside; R is 1 or 2.
+    #[inline(always)]
+    unsafe fn run<
+        S: Simd<T>,
+        const KW: usize,
+        const STRIDE: usize,
+        const R: usize,
+        const C: usize,
+        const BORDER: bool,
+    >(
+        &self,
+        simd: S,
+    ) -> [[S::V; C]; R] {
+        let Self { mut input, image, column, taps, kernel: (kh, down), .. } = *self;
+        let mut row = self.inside.start;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut acc = [[simd.load(self.bias); C]; R];
+            let mut w = [[simd.splat(T::ZERO); KW]; R];
+            macro_rules! pixels {
+                ($low:expr, $high:expr, $($q:literal)+) => {$(
+                    if $q < (C - 1) * STRIDE + KW
+                        && (!BORDER || (0..image.columns as isize).contains(&(column + $q)))
+                    {
+                        let v = simd.load(input.wrapping_add($q * image.step));
+                        for r in $low..$high {
+                            for (j, &w) in w[r].iter().enumerate() {
+                                if $q >= j && ($q - j) % STRIDE == 0 && ($q - j) / STRIDE < C {
+                                    let p = ($q - j) / STRIDE;
+                                    acc[r][p] = simd.fma(w, v, acc[r][p]);
+                                }
+                            }
+                        }
+                    }
+                )+};
+            }
+            // The rows up to `end`, which the outputs low..high read.
+            macro_rules! rows {
+                ($end:expr, $low:expr, $high:expr) => {
+                    let end = self.inside.end.min($end);
+                    while row < end {
+                        for r in $low..$high {
+                            for (j, w) in w[r].iter_mut().enumerate() {
+                                let tap = (row - r * down) * KW + j;
+                                *w = simd.load(taps.wrapping_add(tap * image.step));
+                            }
+                        }
+                        pixels!($low, $high, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22);
+                        input = input.wrapping_add(image.row());
+                        row += 1;
+                    }
+                };
+            }
+            if R == 2 {
+                rows!(down, 0, 1);
+                rows!(kh, 0, 2);
+                rows!(kh + down, 1, 2);
+            } else {
+                rows!(kh, 0, 1);
+            }
+            acc
+        }
+    }
+}
+
+/// Gradients of outputs that are added up in lanes before the sum moves on to `f64`, about.
+const LANE_SUMS: usize = 256;
+/// Columns whose gradients and inputs meet all taps while they are in the first-level cache.
+const SEGMENT: usize = 32;
+
+/// Elements of the sums of [`WeightGradient`], and of its scratch.
+pub fn sums((kh, kw): (usize, usize), channels: usize, lanes: usize) -> usize {
+    blocks(channels, lanes) * (kh * kw + 1) * lanes
+}
+
+/// Where the sums of [`WeightGradient`] have a tap of a channel; the tap after the last stands for grad alone.
+pub fn place(c: usize, channels: usize, lanes: usize, taps: usize, tap: usize) -> usize {
+    let block = c / lanes;
+    (block * (taps + 1) + tap) * lanes + c - start(block, channels, lanes)
+}
+
+/// sums\[i\]\[j\] += Σ grad\[y\]\[x\] · image\[y · stride + i\]\[x · stride + j\], counted from the origin, for each
+/// channel, and those of grad alone, for the bias. Where gradients are not finite, what they add in the padding, NaN, is
+/// left out.
+pub struct WeightGradient<'a, T> {
+    pub image: Image<'a, T>,
+    pub grid: Grid,
+    pub grad: Image<'a, T>,
+    /// Those of `grad` to take.
+    pub rows: Range<usize>,
+    /// Whether to add up more than grad alone.
+    pub taps: bool,
+    /// [`sums`]: (blocks, kh · kw + 1, lanes), the last of a block those of grad.
+    pub sums: &'a mut [f64],
+    /// As many.
+    pub scratch: &'a mut [T],
+}
+
+impl<T: Scalar> Kernel<T> for WeightGradient<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(self, simd: S) {
+        let Self { image, grid, grad, .. } = self;
+        let len = sums(grid.kernel, image.channels, simd.lanes());
+        assert!(image.channels == grad.channels && image.channels >= simd.lanes());
+        assert!(self.sums.len() == len && self.scratch.len() == len);
+        assert!(self.rows.end <= grad.rows);
+        with_constants!(simd, self, (3 1) (5 1) (7 1) (3 2) (5 2) (7 2) (9 2));
+    }
+}
+
+impl<T: Scalar, const KW: usize, const STRIDE: usize> Kernel<T>
+    for Constant<WeightGradient<'_, T>, KW, STRIDE>
+{
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(self, simd: S) {
+        let WeightGradient { image, grid, grad, rows, taps, sums: all, scratch } = self.0;
+        let (kh, lanes) = (grid.kernel.0, simd.lanes());
+        // Outputs of which all columns of taps are inside.
+        let left = ((-grid.origin.1).max(0) as usize).div_ceil(STRIDE).min(grad.columns);
+        let right =
+            (image.columns as isize - grid.origin.1 - KW as isize).div_euclid(STRIDE as isize) + 1;
+        let right = (right.max(0) as usize).clamp(left, grad.columns);
+        let height = (LANE_SUMS / grad.columns).max(1);
+        scratch.fill(T::ZERO);
+        for y in rows.clone() {
+            for x in (0..grad.columns).step_by(SEGMENT) {
+                let end = (x + SEGMENT).min(grad.columns);
+                let inner = left.clamp(x, end)..right.clamp(x, end);
+                for block in 0..blocks(image.channels, lanes) {
+                    let c = start(block, image.channels, lanes);
+                    let sums = scratch[block * (kh * KW + 1) * lanes..].as_mut_ptr();
+                    let columns = Columns { image, grid, grad, block, c, y, sums };
+                    // SAFETY: these columns are inside, and all of their taps where it is said.
+                    unsafe {
+                        columns.alone(simd, kh * KW, x..end);
+                        if taps {
+                            columns.border::<S, KW, STRIDE>(simd, x..inner.start);
+                            columns.inner::<S, KW, STRIDE>(simd, inner.clone());
+                            columns.border::<S, KW, STRIDE>(simd, inner.end..end);
+                        }
+                    }
+                }
+            }
+            if (y + 1 - rows.start).is_multiple_of(height) || y + 1 == rows.end {
+                for (sum, part) in all.iter_mut().zip(&mut *scratch) {
+                    *sum += part.to_f64();
+                    *part = T::ZERO;
+                }
+            }
+        }
+    }
+}
+
+/// A block of channels of some gradients of a row.
+struct Columns<'a, T> {
+    image: Image<'a, T>,
+    grid: Grid,
+    grad: Image<'a, T>,
+    block: usize,
+    /// Its first channel.
+    c: usize,
+    y: usize,
+    /// (kh · kw + 1, lanes)
+    sums: *mut T,
+}
+
+impl<T: Scalar> Columns<'_, T> {
+    /// The gradients themselves, whose sums are those of this tap.
+    ///
+    /// # Safety
+    /// They must be inside.
+    #[inline(always)]
+    unsafe fn alone<S: Simd<T>>(&self, simd: S, tap: usize, columns: Range<usize>) {
+        let mut from = self.grad.at(self.y as isize, columns.start as isize).wrapping_add(self.c);
+        // SAFETY: the caller's promise; there is such a sum.
+        unsafe {
+            let to = self.sums.add(tap * simd.lanes());
+            let mut sum = simd.load(to);
+            for _ in columns {
+                sum = simd.add(sum, simd.load(from));
+                from = from.wrapping_add(self.grad.step);
+            }
+            simd.store(sum, to);
+        }
+    }
+
+    /// Tap by tap, those that are inside.
+    ///
+    /// # Safety
+    /// The gradients must be inside.
+    #[inline(always)]
+    unsafe fn border<S: Simd<T>, const KW: usize, const STRIDE: usize>(
+        &self,
+        simd: S,
+        columns: Range<usize>,
+    ) {
+        let Self { image, grid, grad, c, y, sums, .. } = *self;
+        let (first, rows) = grid.inside(y, image.rows, grid.kernel.0);
+        for x in columns {
+            let column = grid.origin.1 + (x * STRIDE) as isize;
+            // SAFETY: the caller's promise; rows and columns of taps inside.
+            unsafe {
+                let g = simd.load(grad.at(y as isize, x as isize).add(c));
+                for i in rows.clone() {
+                    for j in 0..KW {
+                        let q = column + j as isize;
+                        if (0..image.columns as isize).contains(&q) {
+                            let v = simd.load(image.at(first + i as isize, q).add(c));
+                            let sum = sums.add((i * KW + j) * simd.lanes());
+                            simd.store(simd.fma(g, v, simd.load(sum)), sum);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// As many rows of taps at a time as registers hold.
+    ///
+    /// # Safety
+    /// The gradients must be inside, and all columns of their taps.
+    #[inline(always)]
+    unsafe fn inner<S: Simd<T>, const KW: usize, const STRIDE: usize>(
+        &self,
+        simd: S,
+        columns: Range<usize>,
+    ) {
+        let (_, rows) = self.grid.inside(self.y, self.image.rows, self.grid.kernel.0);
+        let mut i = rows.start;
+        while i < rows.end && !columns.is_empty() {
+            let columns = columns.clone();
+            macro_rules! taps {
+                ($($rows:literal)+) => {
+                    match (rows.end - i).min(const { most_rows(KW, S::TILE_VECTORS) }) {
+                        $($rows if const { $rows <= most_rows(KW, S::TILE_VECTORS) } => {
+                            // SAFETY: the caller's promise; rows i..i + $rows of taps are inside.
+                            unsafe { self.taps::<S, KW, STRIDE, $rows>(simd, columns, i, rows.start) }
+                            i += $rows;
+                        })+
+                        rows => unreachable!("{rows} rows"),
+                    }
+                };
+            }
+            taps!(1 2 3 4 5);
+        }
+    }
+
+    /// Rows i..i + I of taps, of which the first inside are from `first` on.
+    ///
+    /// # Safety
+    /// As [`Columns::inner`], and the rows must be inside.
+    #[inline(always)]
+    unsafe fn taps<S: Simd<T>, const KW: usize, const STRIDE: usize, const I: usize>(
+        &self,
+        simd: S,
+        columns: Range<usize>,
+        i: usize,
+        first: usize,
+    ) {
+        let Self { image, grid, grad, block, c, y, sums } = *self;
+        let lanes = simd.lanes();
+        let row = grid.origin.0 + (y * grid.stride.0 + i) as isize;
+        let column = grid.origin.1 + (columns.start * STRIDE) as isize;
+        let mut input = image.at(row, column).wrapping_add(c);
+        let mut from = grad.at(y as isize, columns.start as isize).wrapping_add(c);
+        // SAFETY: the caller's promise; there are sums for all taps.
+        unsafe {
+            let sums = sums.add(i * KW * lanes);
+            let mut acc = [[simd.splat(T::ZERO); KW]; I];
+            for (r, acc) in acc.iter_mut().enumerate() {
+                for (j, acc) in acc.iter_mut().enumerate() {
+                    *acc = simd.load(sums.add((r * KW + j) * lanes));
+                }
+            }
+            // Of the next row.
+            let vectors = block * columns.len();
+            let mut next = [
+                Ahead::new(image, (row + grid.kernel.0 as isize, column), vectors * STRIDE, lanes),
+                Ahead::new(grad, (y as isize + 1, columns.start as isize), vectors, lanes),
+            ];
+            for _ in columns {
+                if i == first {
+                    for _ in 0..STRIDE {
+                        next[0].ask(simd, STRIDE, image.row());
+                    }
+                    next[1].ask(simd, 1, grad.row());
+                }
+                let g = simd.load(from);
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    for (j, acc) in acc.iter_mut().enumerate() {
+                        let v = simd.load(input.wrapping_add(r * image.row() + j * image.step));
+                        *acc = simd.fma(g, v, *acc);
+                    }
+                }
+                from = from.wrapping_add(grad.step);
+                input = input.wrapping_add(STRIDE * image.step);
+            }
+            for (r, acc) in acc.iter().enumerate() {
+                for (j, &acc) in acc.iter().enumerate() {
+                    simd.store(acc, sums.add((r * KW + j) * lanes));
+                }
+            }
+        }
+    }
+}
+
+/// Rows of so many taps whose sums registers hold, with a gradient.
+const fn most_rows(kw: usize, tile_vectors: usize) -> usize {
+    let rows = if tile_vectors == 4 { 28 / kw } else { 12 / kw };
+    match rows {
+        0 => 1,
+        1..=5 => rows,
+        _ => 5,
+    }
+}
