@@ -60,6 +60,8 @@ BACKENDS = ("auto", "rust", "torch")
 GATES = ("sigmoid", "gaussian")
 # Elements below which the caching allocator has no memory for a tensor: 8 MiB of float64.
 _KEPT = 1 << 20
+# Elements from which on the kernels write results past the caches, as src/ops/mod.rs says.
+_STREAMED = 1 << 21
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
 
@@ -298,23 +300,28 @@ def _evaluates_channels_last(x: Tensor) -> bool:
 
 
 def _is_torchs_conv(x: Tensor, weight: Tensor, call: _Conv, graph: bool) -> bool:
-    """Whether torch is faster on large channels_last tensors: small kernels, or no gradients, where
-    ours do not read pixels as they lie.
+    """Whether torch is faster on large channels_last tensors.
 
-    One thread of a Zen 4, 16×64×64×64 and 16×96×56×56, how many times as fast those others of ours
-    are: with gradients k = 3 0.6 to 0.8, k = 5 2 to 3.3, k = 7 with strides 2.2, k = 3 dilated 3.7;
+    Where our kernels read pixels as they lie, one thread of a Xeon: only 3×3 kernels without
+    gradients, whose time is the memory's, unless results go past the caches: 0.8 to 1.0 times as
+    fast, else 1.5. Elsewhere small kernels, or no gradients (Zen 4, 16×64×64×64 and 16×96×56×56):
+    with gradients k = 3 0.6 to 0.8, k = 5 2 to 3.3, k = 7 with strides 2.2, k = 3 dilated 3.7;
     without k = 3 and 5 0.5 to 0.8, k = 7 with strides 0.7.
     """
-    if not _in_channels_last(x) or x.numel() < 1 << 16 or _is_direct(x, weight, call):
+    if not _in_channels_last(x) or x.numel() < 1 << 16:
         return False
     taps = weight.shape[2] * weight.shape[3]
+    if _is_direct(x, weight, call):
+        past_caches = math.prod(_output_size(x, weight, call)) >= _STREAMED
+        return taps < 25 and not graph and not past_caches
     if graph:
         return taps < 25 and call.dilation == (1, 1)
     return taps < 49 or call.stride != (1, 1)
 
 
 def _is_direct(x: Tensor, weight: Tensor, call: _Conv) -> bool:
-    """Whether kernels read channels_last as it lies: what src/ops/pixels.rs says."""
+    """Whether kernels read channels_last as it lies, as src/ops/pixels.rs says, in whole tiles:
+    of 7 outputs k = 3 takes 1.2 to 1.7 times as long as torch."""
     kh, kw = weight.shape[2:]
     top, bottom, left, right = call.padding
     return (
@@ -326,6 +333,7 @@ def _is_direct(x: Tensor, weight: Tensor, call: _Conv) -> bool:
         and max(top, bottom) < kh
         and max(left, right) < kw
         and x.shape[1] >= _LANES
+        and _output_size(x, weight, call)[3] >= 8
     )
 
 
