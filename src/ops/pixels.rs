@@ -91,6 +91,12 @@ fn image<T>(tensor: &[T], shape: Batch, n: usize, channels: Range<usize>) -> Ima
     Image::new(&tensor[n * h * w * c..][..h * w * c], (h, w), c, channels)
 }
 
+/// Where the taps of a convolution meet its input.
+fn grid_of(conv: &Conv) -> Grid {
+    let Conv { kh, kw, stride, padding: [top, _, left, _], .. } = *conv;
+    Grid { kernel: (kh, kw), stride: stride.into(), origin: (-(top as isize), -(left as isize)) }
+}
+
 /// The taps of these rows and columns of the kernel, in this order: (rows, columns, channels).
 fn taps_of<T: Scalar>(
     weight: &[T],
@@ -113,12 +119,8 @@ pub(super) fn forward<T: Scalar>(
     threads: Threads,
 ) {
     let Geometry { conv, input, oh, ow, .. } = *geometry;
-    let Conv { kh, kw, stride, padding: [top, _, left, _], .. } = conv;
-    let grid = Grid {
-        kernel: (kh, kw),
-        stride: stride.into(),
-        origin: (-(top as isize), -(left as isize)),
-    };
+    let Conv { kh, kw, .. } = conv;
+    let grid = grid_of(&conv);
     let all = |k| (0..k).collect::<Vec<_>>();
     let taps = taps_of(weight, grid.kernel, &all(kh), &all(kw));
     let zeros = vec![T::ZERO; input.c];
@@ -237,13 +239,9 @@ pub(super) fn parameters<T: Scalar>(
     threads: Threads,
 ) -> bool {
     let Geometry { conv, input, oh, .. } = *geometry;
-    let Conv { kh, kw, stride, padding: [top, _, left, _], .. } = conv;
+    let Conv { kh, kw, .. } = conv;
     let (output, taps, lanes) = (geometry.output(), kh * kw, simd::selected_lanes::<T>());
-    let grid = Grid {
-        kernel: (kh, kw),
-        stride: stride.into(),
-        origin: (-(top as isize), -(left as isize)),
-    };
+    let grid = grid_of(&conv);
     let tasks = Tasks::new::<T>(input.n, oh, input.c);
     let strips = tasks.images * tasks.strips;
     let groups = strips.min(SUMS.div_ceil(tasks.chunks));
