@@ -12,7 +12,7 @@ use xunit_rs::kernels::activation::{
 };
 use xunit_rs::kernels::minimal::Filter;
 use xunit_rs::kernels::transpose::Transpose;
-use xunit_rs::kernels::{MAX_LANES, conv, general, masked, pixels};
+use xunit_rs::kernels::{MAX_LANES, conv, filtered, general, masked, pixels};
 use xunit_rs::reference;
 use xunit_rs::shape::{Batch, Conv, Geometry};
 use xunit_rs::simd::{Isa, Kernel, Scalar, Simd, available, dispatch, fence, selected};
@@ -237,6 +237,83 @@ fn convolution_padded(
     let out_streamed = streamed(oh * ow, |out| run(out, Target::new(&mut copied)));
     same_bits(&out_streamed, &out, || format!("forward, streamed, {}", case()));
     true
+}
+
+/// Planes without their padding, as they are and through relu of a map.
+#[test]
+fn convolution_of_filtered_planes() {
+    for k in [7, 9, 11] {
+        for w in widths() {
+            let mut noise = Noise::new((k * 89 + w) as u64);
+            for maps in [false, true] {
+                let padding = [(); 4].map(|()| noise.below(k));
+                let (h, [top, bottom, left, right]) = (1 + noise.below(40), padding);
+                if h + top + bottom >= k && w + left + right >= k {
+                    convolution_filtered(k, (h, w), padding, maps, &mut noise);
+                }
+            }
+        }
+    }
+}
+
+fn convolution_filtered(
+    k: usize,
+    (h, w): (usize, usize),
+    padding: [usize; 4],
+    maps: bool,
+    noise: &mut Noise,
+) {
+    let conv = Conv { padding, ..dense(k, k) };
+    let x = one(noise.vec(h * w), h, w);
+    let weight = Array3::from_shape_vec((1, k, k), noise.vec(k * k)).unwrap();
+    let affine = Affine { centre: noise.next(), scale: noise.next(), shift: noise.next() };
+    let map = |x: f64| (affine.scale * (x - affine.centre) + affine.shift).max(0.0);
+    let u = if maps { x.mapv(map) } else { x.clone() };
+    let bias = noise.next();
+    let y = reference::depthwise(&u, &weight, Some(&Array1::from_elem(1, bias)), &conv);
+    let (_, _, oh, ow) = y.dim();
+    let affine = Affine {
+        centre: affine.centre as f32,
+        scale: affine.scale as f32,
+        shift: affine.shift as f32,
+    };
+    let taps = conv::Taps::with(flat::<f32, _>(&weight), (k, k), 1, Filter::of(k));
+    assert!(taps.filters(padding));
+    // Rows farther apart than they are long, and whatever lies between them.
+    let ld = w + noise.below(5);
+    let data = spread(&flat::<f32, _>(&x), w, ld);
+    let input = filtered::Rows {
+        data: &data,
+        ld,
+        rows: h,
+        width: w,
+        padding: [padding[0], padding[2]],
+        relu_of: maps.then_some(affine),
+    };
+    for isa in available() {
+        let case = || format!("{isa}: kernel {k}, plane {h}×{w}, padding {padding:?}, {maps}");
+        let mut scratch = nan(taps.scratch(oh, ow));
+        let mut run = |out: Target<'_, f32>, to: Target<'_, f32>| {
+            let (bias, next, scratch) = (&[bias as f32], &data[..], &mut scratch[..]);
+            let (taps, copy) = (&taps, CopyOut { from: &data[..h * w / 2], to });
+            let job = filtered::Forward { input, taps, bias, out, ow, scratch, next, copy };
+            assert!(f32::dispatch(isa, job), "{}", case());
+        };
+        let mut out = nan::<f32>(oh * ow);
+        let mut copied = streamed(h * w / 2, |to| run(Target::new(&mut out), to));
+        near(&out, &y, || format!("forward, {}", case()));
+        same_bits(&copied, &data[..h * w / 2], || format!("copied meanwhile, {}", case()));
+        let out_streamed = streamed(oh * ow, |out| run(out, Target::new(&mut copied)));
+        same_bits(&out_streamed, &out, || format!("forward, streamed, {}", case()));
+        // Sums that are not finite are told of.
+        let mut spoilt = data.clone();
+        spoilt[noise.below(h) * ld + noise.below(w)] = f32::INFINITY;
+        let input = filtered::Rows { data: &spoilt, relu_of: None, ..input };
+        let (bias, next, copy) = (&[0.0], &[][..], CopyOut::default());
+        let (taps, scratch, out) = (&taps, &mut scratch[..], Target::new(&mut out));
+        let job = filtered::Forward { input, taps, bias, out, ow, scratch, next, copy };
+        assert!(!f32::dispatch(isa, job), "{}", case());
+    }
 }
 
 #[test]

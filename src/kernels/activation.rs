@@ -58,7 +58,7 @@ impl<T: Scalar> Affine<T> {
     }
 
     #[inline(always)]
-    fn apply<S: Simd<T>>(self, simd: S, x: S::V) -> S::V {
+    pub(super) fn apply<S: Simd<T>>(self, simd: S, x: S::V) -> S::V {
         simd.fma(simd.splat(self.scale), self.centred(simd, x), simd.splat(self.shift))
     }
 }
@@ -131,6 +131,11 @@ pub struct Target<'a, T> {
 impl<'a, T: Scalar> Target<'a, T> {
     pub fn new(slice: &'a mut [T]) -> Self {
         Self { slice, stream: false }
+    }
+
+    /// For a while.
+    pub(crate) fn again(&mut self) -> Target<'_, T> {
+        Target { slice: &mut *self.slice, stream: self.stream }
     }
 
     /// Past the caches, if `stream`, where vectors are aligned.

@@ -6,6 +6,7 @@
 pub mod activation;
 pub mod blocked;
 pub mod conv;
+pub mod filtered;
 pub mod general;
 pub mod masked;
 pub mod minimal;

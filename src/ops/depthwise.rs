@@ -1,11 +1,12 @@
 //! Depthwise convolution of any geometry, forward and backward.
 
 use super::phases::{self, Phases};
-use super::scratch::{Scratch, Window, strip_rows};
+use super::scratch::Window;
 use super::staged::Staged;
+use super::strips::Strips;
 use super::{Planes, check_depthwise, expect_len, from_plane, optional_len, plane, turned};
 use crate::kernels::activation::{CopyOut, Sums, Target};
-use crate::kernels::{conv, masked};
+use crate::kernels::conv;
 use crate::parallel::{self, Threads};
 use crate::shape::{Batch, Conv, Geometry, ShapeError};
 use crate::simd::{self, Scalar};
@@ -104,14 +105,8 @@ pub fn depthwise_backward<T: Scalar>(
 
 /// The convolution of one plane after another with the same taps, to planes of `out`.
 enum Convolution<'a, T: Scalar> {
-    /// Of stride and dilation 1.
     Dense(Box<Dense<'a, T>>),
-    General {
-        taps: Vec<(usize, T)>,
-        bias: T,
-        plane: Box<Phases<T>>,
-        out: &'a Planes<'a, T>,
-    },
+    General { taps: Vec<(usize, T)>, bias: T, plane: Box<Phases<T>>, out: &'a Planes<'a, T> },
 }
 
 impl<'a, T: Scalar> Convolution<'a, T> {
@@ -142,32 +137,19 @@ impl<'a, T: Scalar> Convolution<'a, T> {
     }
 }
 
-/// Strip by strip.
+/// Planes of stride and dilation 1.
 struct Dense<'a, T: Scalar> {
-    geometry: Geometry,
-    taps: conv::Taps<T>,
-    bias: T,
-    /// Of the padded plane; `None` where the kernel pads the plane itself.
-    window: Option<Window<T>>,
-    /// Rows of a strip of outputs.
-    strip: usize,
-    scratch: Scratch<T>,
+    strips: Strips<T>,
     staged: Option<Staged<'a, T>>,
     out: &'a Planes<'a, T>,
 }
 
 impl<'a, T: Scalar> Dense<'a, T> {
     fn new(geometry: &Geometry, weight: Vec<T>, bias: T, out: &'a Planes<'a, T>) -> Self {
-        let Geometry { conv, input, ow, oh, .. } = *geometry;
-        let taps = conv::Taps::new(weight, (conv.kh, conv.kw), 1, oh);
-        let strip = strip_rows(geometry, input.w, size_of::<T>());
-        let last = (oh - 1) % strip + 1;
-        let window = (!taps.pads(last, ow, conv.padding)).then(|| Window::new(geometry));
-        let strip = window.as_ref().map_or(strip, |window| window.strip(geometry));
-        let scratch = Scratch::new(taps.scratch(strip, ow));
-        let streams = taps.streams(strip, ow);
-        let staged = if streams { None } else { Staged::new(strip * ow, out) };
-        Self { geometry: *geometry, taps, bias, window, strip, scratch, staged, out }
+        let strips = Strips::new(geometry, weight, bias, None);
+        let len = strips.rows() * geometry.ow;
+        let staged = if strips.streams() { None } else { Staged::new(len, out) };
+        Self { strips, staged, out }
     }
 
     /// [`Convolution::run`].
@@ -175,21 +157,10 @@ impl<'a, T: Scalar> Dense<'a, T> {
     /// # Safety
     /// As there.
     unsafe fn run(&mut self, x: &[T], next: &[T], (n, c): (usize, usize)) {
-        let Self { geometry, taps, bias, window, strip, scratch, staged, out } = self;
-        let Geometry { conv, input: Batch { h, w, .. }, ow, oh, .. } = *geometry;
-        let [top, _, left, right] = conv.padding;
-        // The rows that a strip reads, and those that the next one reads besides.
-        let row = |padded: usize| padded.saturating_sub(top).min(h);
-        for y in (0..oh).step_by(*strip) {
-            let end = (y + *strip).min(oh);
-            let below = end + conv.kh - 1;
-            let (first, last) = (row(y), row(below));
-            let next = if end < oh {
-                &x[last * w..row(below + *strip) * w]
-            } else {
-                &next[..next.len().min(row(*strip + conv.kh - 1) * w)]
-            };
-            let pixels = y * ow..end * ow;
+        let Self { strips, staged, out } = self;
+        let Batch { h, w, .. } = out.batch;
+        for y in (0..h).step_by(strips.rows()) {
+            let pixels = y * w..(y + strips.rows()).min(h) * w;
             let (out, copy) = match staged {
                 Some(staged) => {
                     // SAFETY: the caller's promise.
@@ -199,44 +170,7 @@ impl<'a, T: Scalar> Dense<'a, T> {
                 // SAFETY: as above.
                 None => (unsafe { out.target(n, c, pixels) }, CopyOut::default()),
             };
-            if let Some(window) = window {
-                window.slide_over(y..below, (x, 0), None);
-                let (input, ld, bias) = (window.input(), window.ld, &[*bias]);
-                simd::dispatch(conv::Forward {
-                    input,
-                    ld,
-                    taps,
-                    bias,
-                    out,
-                    ow,
-                    scratch,
-                    next,
-                    copy,
-                });
-                continue;
-            }
-            let padding = [top.saturating_sub(y), below.saturating_sub(top + h), left, right];
-            let rows = &x[first * w..];
-            let len = masked::input_len(last - first, ow, conv.kh, padding);
-            let mut whole;
-            let input = if len <= rows.len() {
-                &rows[..len]
-            } else {
-                // The last vectors reach over the tensor's end.
-                whole = Scratch::new(len);
-                whole[..rows.len()].copy_from_slice(rows);
-                &whole[..]
-            };
-            simd::dispatch(masked::Forward {
-                input,
-                padding,
-                taps,
-                bias: *bias,
-                out,
-                ow,
-                next,
-                copy,
-            });
+            strips.run(y, x, next, out, copy);
         }
     }
 }

@@ -16,6 +16,7 @@ mod pixels;
 mod pointwise;
 pub(crate) mod scratch;
 mod staged;
+mod strips;
 mod xunit;
 
 use std::marker::PhantomData;

@@ -10,6 +10,7 @@ use super::dense;
 use super::groups::{self, Groups, Layout};
 use super::pointwise::{Past, Pointwise};
 use super::scratch::{Scratch, Window};
+use super::strips::Strips;
 use super::{Planes, Source, expect_len, optional_len, turned};
 use crate::kernels::activation::{
     Affine, Apply, CopyOut, FillGradient, Finish, Gate, GateGradient, NormGradient, ReluGradient,
@@ -331,7 +332,7 @@ impl<T: Scalar> Forward<'_, T> {
     /// No other task may name the channel of d and out meanwhile.
     unsafe fn channel(&self, c: usize, x: Source<'_, T>, out: &Planes<'_, T>, stats: &mut [f64]) {
         let Self { unit, geometry, p, d } = self;
-        let (batch, k, taps) = (geometry.input, unit.kernel, unit.kernel * unit.kernel);
+        let (batch, taps) = (geometry.input, unit.kernel * unit.kernel);
         let u = p.unwrap_or(x);
         // Without statistics of d to wait for, each strip is gated as soon as it is convolved.
         let waits = unit.norm2.is_some_and(|norm| norm.stats.is_none());
@@ -345,7 +346,7 @@ impl<T: Scalar> Forward<'_, T> {
             norm => Channel::given(norm.as_ref(), c),
         };
         let relu_of = (unit.variant != Variant::Slim).then_some(first.affine);
-        let weight = conv::Taps::new(unit.weight[c * taps..][..taps].to_vec(), (k, k), 1, batch.h);
+        let weight = unit.weight[c * taps..][..taps].to_vec();
         let bias = unit.bias.map_or(T::ZERO, |bias| bias[c]);
         let given = (!waits).then(|| Channel::given(unit.norm2.as_ref(), c));
         let gate = |n: usize, pixels: Range<usize>, d: &[T], channel: &Channel<T>| {
@@ -358,40 +359,23 @@ impl<T: Scalar> Forward<'_, T> {
                 out: unsafe { out.target(n, c, pixels) },
             });
         };
-        let mut window = Window::new(geometry);
-        let strip = window.strip(geometry);
+        let mut strips = Strips::new(geometry, weight, bias, relu_of);
+        let strip = strips.rows();
         let keeps = waits || d.is_some();
         let mut of_strip = Scratch::new(if keeps { 0 } else { strip * batch.w });
-        let mut scratch = Scratch::new(weight.scratch(strip, batch.w));
         let mut statistics = Statistics::default();
         for n in 0..batch.n {
-            let plane = u.plane(n, c);
+            let (plane, next) =
+                (u.plane(n, c), if n + 1 < batch.n { u.plane(n + 1, c) } else { &[] });
             for y in (0..batch.h).step_by(strip) {
-                let end = (y + strip).min(batch.h);
-                let pixels = y * batch.w..end * batch.w;
-                window.slide_over(y..end + k - 1, (plane, 0), relu_of);
+                let pixels = y * batch.w..(y + strip).min(batch.h) * batch.w;
                 // Where d is not kept but its statistics are awaited, it waits in the output.
                 let d = match d.as_ref().or(waits.then_some(out)) {
                     // SAFETY: this task alone names channel c.
                     Some(planes) => unsafe { &mut planes.plane(n, c)[pixels.clone()] },
                     None => &mut of_strip[..pixels.len()],
                 };
-                let next = match end < batch.h {
-                    true => window.ahead(end..(end + strip).min(batch.h) + k - 1, plane),
-                    false if n + 1 < batch.n => window.ahead(0..strip + k - 1, u.plane(n + 1, c)),
-                    false => &[],
-                };
-                simd::dispatch(conv::Forward {
-                    input: window.input(),
-                    ld: window.ld,
-                    taps: &weight,
-                    bias: &[bias],
-                    out: Target::new(&mut *d),
-                    ow: batch.w,
-                    scratch: &mut scratch,
-                    next,
-                    copy: CopyOut::default(),
-                });
+                strips.run(y, plane, next, Target::new(&mut *d), CopyOut::default());
                 match given {
                     Some(channel) => gate(n, pixels, d, &channel),
                     None => statistics.add(d),
@@ -561,7 +545,7 @@ impl<T: Scalar> Backward<'_, T> {
         let first = Channel::given(unit.norm1.as_ref(), c);
         let second = Channel::given(unit.norm2.as_ref(), c);
         let weight = turned(&unit.weight[c * taps..][..taps]);
-        let weight = conv::Taps::new(weight, (k, k), 1, batch.h);
+        let weight = conv::Taps::of_padded(weight, (k, k), batch.h);
         // The gradients on their way to u and, past the gate, to x, where they are added up: of one image, or
         // of all. The dense unit's go past its pointwise convolution, which adds them.
         let size = batch.plane();
