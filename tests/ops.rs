@@ -715,66 +715,95 @@ fn channels_last<T: Scalar>(array: &Array4<f64>) -> Vec<T> {
     flat(&array.view().permuted_axes([0, 2, 3, 1]).to_owned())
 }
 
+/// Everything that the operations do in this layout; `spoil` puts what is not finite into the tensors.
+fn depthwise_in<T: Scalar>(layout: Layout, geometry: &Geometry, noise: &mut Noise, spoil: bool) {
+    let planes = layout == Layout::Planes;
+    let forward =
+        if planes { ops::depthwise_forward } else { ops::depthwise_forward_channels_last };
+    let backward =
+        if planes { ops::depthwise_backward } else { ops::depthwise_backward_channels_last };
+    let lay = |array: &Array4<f64>| if planes { flat(array) } else { channels_last(array) };
+    let Geometry { input, conv, .. } = *geometry;
+    let (output, taps) = (geometry.output(), conv.kh * conv.kw);
+    let mut spoilt = |dims: [usize; 4]| {
+        let mut values = noise.vec(dims.iter().product());
+        if spoil {
+            noise.spoil(&mut values);
+        }
+        Array4::from_shape_vec(dims, values).unwrap()
+    };
+    let (x, grad) = (spoilt(input.dims()), spoilt(output.dims()));
+    let weight: Array3<f64> = noise.array((input.c, conv.kh, conv.kw));
+    let bias: Array1<f64> = noise.array(input.c);
+    let y = reference::depthwise(&x, &weight, Some(&bias), &conv);
+    let (gx, gweight, gbias) = reference::depthwise_backward(&grad, &x, &weight, &conv);
+    let [x, grad] = [x, grad].map(|array| common::cast::<T>(&lay(&array)));
+    let (weight, bias) = (flat::<T, _>(&weight), flat::<T, _>(&bias));
+    let case = || format!("{} {} {geometry:?}", size_of::<T>(), simd::selected());
+    let mut alone: Option<[Vec<T>; 4]> = None;
+    for threads in [1, 3] {
+        let threads = Threads::Own(threads);
+        let mut got = nan::<T>(output.size());
+        forward(geometry, &x, &weight, Some(&bias), &mut got, threads).unwrap();
+        close_beside(&got, &lay(&y), 1.0, || format!("y, {}", case()));
+        let (mut of_x, mut of_weight) = (nan::<T>(input.size()), nan::<T>(input.c * taps));
+        let mut of_bias = nan::<T>(input.c);
+        let gradients = DepthwiseGradients {
+            x: Some(&mut of_x),
+            weight: Some(&mut of_weight),
+            bias: Some(&mut of_bias),
+        };
+        backward(geometry, &grad, &x, &weight, gradients, threads).unwrap();
+        close_beside(&of_x, &lay(&gx), 1.0, || format!("gx, {}", case()));
+        close_beside(&of_weight, &gweight, 1.0, || format!("gweight, {}", case()));
+        close_beside(&of_bias, &gbias, 1.0, || format!("gbias, {}", case()));
+        // The same whatever else is asked for, and on however many threads.
+        let mut bias_alone = nan::<T>(input.c);
+        let gradients = DepthwiseGradients { x: None, weight: None, bias: Some(&mut bias_alone) };
+        backward(geometry, &grad, &x, &weight, gradients, threads).unwrap();
+        same_bits(&bias_alone, &of_bias, || format!("gbias alone, {}", case()));
+        let all = [got, of_x, of_weight, of_bias];
+        for (i, all) in all.iter().enumerate() {
+            let alone = alone.as_ref().map_or(all, |alone| &alone[i]);
+            same_bits(all, alone, || format!("output {i}, {threads:?}, {}", case()));
+        }
+        alone = Some(all);
+    }
+}
+
+/// Planes of rows that are shorter than vectors, whose channels are the vectors then.
+#[test]
+fn depthwise_of_small_planes() {
+    on_every_isa("depthwise_of_small_planes", || {
+        let mut noise = Noise::new(78);
+        let check = |conv: Conv, dims: [usize; 4], noise: &mut Noise, spoil: bool| {
+            if let Ok(geometry) = Geometry::new(Batch::new(&dims).unwrap(), conv) {
+                depthwise_in::<f32>(Layout::Planes, &geometry, noise, spoil);
+            }
+        };
+        for k in [3, 5, 7, 9] {
+            for stride in [1, 2] {
+                for w in 1..=14 {
+                    let kh = [2, 3, 5, 7, 9][noise.below(5)];
+                    let mut below = |n: usize| noise.below(n);
+                    let padding = [below(kh), below(kh), below(k), below(k)];
+                    let dims =
+                        [1 + below(3), [15, 16, 17, 31, 40, 150][below(6)], 1 + below(12), w];
+                    let conv = Conv { kh, kw: k, stride: [stride; 2], padding, dilation: [1, 1] };
+                    check(conv, dims, &mut noise, w % 4 == 0);
+                }
+                // Several images for each sum, several chunks.
+                let conv = Conv { stride: [stride; 2], ..Conv::same(k).unwrap() };
+                check(conv, [70, 33, 6, 7], &mut noise, false);
+            }
+        }
+    });
+}
+
 #[test]
 fn depthwise_in_channels_last() {
     fn check_in<T: Scalar>(geometry: &Geometry, noise: &mut Noise, spoil: bool) {
-        let Geometry { input, conv, .. } = *geometry;
-        let (output, taps) = (geometry.output(), conv.kh * conv.kw);
-        let mut spoilt = |dims: [usize; 4]| {
-            let mut values = noise.vec(dims.iter().product());
-            if spoil {
-                noise.spoil(&mut values);
-            }
-            Array4::from_shape_vec(dims, values).unwrap()
-        };
-        let (x, grad) = (spoilt(input.dims()), spoilt(output.dims()));
-        let weight: Array3<f64> = noise.array((input.c, conv.kh, conv.kw));
-        let bias: Array1<f64> = noise.array(input.c);
-        let y = reference::depthwise(&x, &weight, Some(&bias), &conv);
-        let (gx, gweight, gbias) = reference::depthwise_backward(&grad, &x, &weight, &conv);
-        let (x, grad) = (channels_last::<T>(&x), channels_last::<T>(&grad));
-        let (weight, bias) = (flat::<T, _>(&weight), flat::<T, _>(&bias));
-        let case = || format!("{} {} {geometry:?}", size_of::<T>(), simd::selected());
-        let mut alone: Option<[Vec<T>; 4]> = None;
-        for threads in [1, 3] {
-            let threads = Threads::Own(threads);
-            let mut got = nan::<T>(output.size());
-            ops::depthwise_forward_channels_last(
-                geometry,
-                &x,
-                &weight,
-                Some(&bias),
-                &mut got,
-                threads,
-            )
-            .unwrap();
-            close_beside(&got, &channels_last::<f64>(&y), 1.0, || format!("y, {}", case()));
-            let (mut of_x, mut of_weight) = (nan::<T>(input.size()), nan::<T>(input.c * taps));
-            let mut of_bias = nan::<T>(input.c);
-            let gradients = DepthwiseGradients {
-                x: Some(&mut of_x),
-                weight: Some(&mut of_weight),
-                bias: Some(&mut of_bias),
-            };
-            ops::depthwise_backward_channels_last(geometry, &grad, &x, &weight, gradients, threads)
-                .unwrap();
-            close_beside(&of_x, &channels_last::<f64>(&gx), 1.0, || format!("gx, {}", case()));
-            close_beside(&of_weight, &gweight, 1.0, || format!("gweight, {}", case()));
-            close_beside(&of_bias, &gbias, 1.0, || format!("gbias, {}", case()));
-            // The same whatever else is asked for, and on however many threads.
-            let mut bias_alone = nan::<T>(input.c);
-            let gradients =
-                DepthwiseGradients { x: None, weight: None, bias: Some(&mut bias_alone) };
-            ops::depthwise_backward_channels_last(geometry, &grad, &x, &weight, gradients, threads)
-                .unwrap();
-            same_bits(&bias_alone, &of_bias, || format!("gbias alone, {}", case()));
-            let all = [got, of_x, of_weight, of_bias];
-            for (i, all) in all.iter().enumerate() {
-                let alone = alone.as_ref().map_or(all, |alone| &alone[i]);
-                same_bits(all, alone, || format!("output {i}, {threads:?}, {}", case()));
-            }
-            alone = Some(all);
-        }
+        depthwise_in::<T>(Layout::ChannelsLast, geometry, noise, spoil);
     }
     on_every_isa("depthwise_in_channels_last", || {
         let mut noise = Noise::new(77);

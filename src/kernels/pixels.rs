@@ -172,6 +172,9 @@ impl<T: Scalar> Kernel<T> for Forward<'_, T> {
     }
 }
 
+/// Outputs of a row of a tile.
+const WIDE: usize = 8;
+
 impl<T: Scalar, const KW: usize, const STRIDE: usize> Kernel<T>
     for Constant<Forward<'_, T>, KW, STRIDE>
 {
@@ -181,29 +184,22 @@ impl<T: Scalar, const KW: usize, const STRIDE: usize> Kernel<T>
     fn run<S: Simd<T>>(self, simd: S) {
         let Self(job) = self;
         let columns = job.out.count.1;
-        let wide = [8, 4].into_iter().find(|&wide| columns >= wide).unwrap_or(1);
         let stream = job.out.streams(simd.lanes());
         let mut y = job.rows.start;
         while y < job.rows.end {
             // Two rows share what they read, where registers hold the taps of both.
-            let pair =
-                const { S::TILE_VECTORS == 4 && KW <= 5 } && wide == 8 && y + 1 < job.rows.end;
-            let mut x = 0;
-            while x < columns {
-                // A tile writes only what is inside: the last one begins inside the one before.
-                let at = x.min(columns - wide);
-                // SAFETY: columns at..at + wide of as many rows of outputs.
+            let pair = const { S::TILE_VECTORS == 4 && KW <= 5 } && y + 1 < job.rows.end;
+            for x in (0..columns).step_by(WIDE) {
+                // The last tile begins inside the one before, unless it is the only one.
+                let at = x.min(columns.saturating_sub(WIDE));
+                // SAFETY: outputs from row y and column `at` on; a second row only if there is one.
                 unsafe {
-                    match wide {
-                        8 if const { S::TILE_VECTORS == 4 && KW <= 5 } && pair => {
-                            job.tiles::<S, KW, STRIDE, 2, 8>(simd, (y, at), stream)
-                        }
-                        8 => job.tiles::<S, KW, STRIDE, 1, 8>(simd, (y, at), stream),
-                        4 => job.tiles::<S, KW, STRIDE, 1, 4>(simd, (y, at), stream),
-                        _ => job.tiles::<S, KW, STRIDE, 1, 1>(simd, (y, at), stream),
+                    if const { S::TILE_VECTORS == 4 && KW <= 5 } && pair {
+                        job.tiles::<S, KW, STRIDE, 2>(simd, (y, at), stream);
+                    } else {
+                        job.tiles::<S, KW, STRIDE, 1>(simd, (y, at), stream);
                     }
                 }
-                x += wide;
             }
             y += if pair { 2 } else { 1 };
         }
@@ -211,19 +207,13 @@ impl<T: Scalar, const KW: usize, const STRIDE: usize> Kernel<T>
 }
 
 impl<T: Scalar> Forward<'_, T> {
-    /// All channels of R × C outputs from row y and column x on.
+    /// All channels of R × [`WIDE`] outputs from row y and column x on, as far as there are columns.
     ///
     /// # Safety
-    /// The outputs must be inside. What is streamed are whole aligned vectors, which nobody may read before this
+    /// The rows must be inside. What is streamed are whole aligned vectors, which nobody may read before this
     /// thread's fence.
     #[inline(always)]
-    unsafe fn tiles<
-        S: Simd<T>,
-        const KW: usize,
-        const STRIDE: usize,
-        const R: usize,
-        const C: usize,
-    >(
+    unsafe fn tiles<S: Simd<T>, const KW: usize, const STRIDE: usize, const R: usize>(
         &self,
         simd: S,
         (y, x): (usize, usize),
@@ -231,17 +221,19 @@ impl<T: Scalar> Forward<'_, T> {
     ) {
         let Self { image, grid, .. } = *self;
         let (channels, lanes) = (image.channels, simd.lanes());
-        let read = (R - 1) * grid.stride.0 + grid.kernel.0;
-        let (first, inside) = grid.inside(y, image.rows, read);
+        let high = (R - 1) * grid.stride.0 + grid.kernel.0;
+        let (first, inside) = grid.inside(y, image.rows, high);
         let column = grid.origin.1 + (x * STRIDE) as isize;
-        let whole = column >= 0 && column as usize + (C - 1) * STRIDE + KW <= image.columns;
+        let wide = WIDE.min(self.out.count.1 - x);
+        let read = (WIDE - 1) * STRIDE + KW;
+        let whole = column >= 0 && column as usize + read <= image.columns && wide == WIDE;
         // What the next rows of outputs read besides: asked for meanwhile.
-        let next = (first + read as isize, column);
+        let next = (first + high as isize, column);
         let y = y - self.rows.start;
         for block in 0..blocks(channels, lanes) {
             let c = start(block, channels, lanes);
-            let mut ahead = Ahead::new(image, next, block * C * STRIDE, lanes);
-            for _ in 0..C * STRIDE {
+            let mut ahead = Ahead::new(image, next, block * wide * STRIDE, lanes);
+            for _ in 0..wide * STRIDE {
                 ahead.ask(simd, STRIDE * R, image.row());
             }
             // SAFETY: rows `inside` are of the image; columns of it are checked unless all are inside; the caller
@@ -256,13 +248,15 @@ impl<T: Scalar> Forward<'_, T> {
                     inside: inside.clone(),
                     bias: self.bias.as_ptr().add(c),
                 };
-                // Narrow tiles are few.
-                let sums = match whole && C == 8 {
-                    true => tile.run::<S, KW, STRIDE, R, C, false>(simd),
-                    false => tile.run::<S, KW, STRIDE, R, C, true>(simd),
+                let sums = match whole {
+                    true => tile.run::<S, KW, STRIDE, R, false>(simd),
+                    false => tile.run::<S, KW, STRIDE, R, true>(simd),
                 };
                 for (r, sums) in sums.iter().enumerate() {
                     for (p, &sum) in sums.iter().enumerate() {
+                        if p >= wide {
+                            break;
+                        }
                         let out = self.out.at(y + r, x + p).add(c);
                         match stream {
                             true => simd.stream(sum, out),
@@ -291,7 +285,7 @@ struct Tile<'a, T> {
 }
 
 impl<T: Scalar> Tile<'_, T> {
-    /// The sums of R × C outputs; BORDER leaves out the columns beyond the image.
+    /// The sums of R × [`WIDE`] outputs; BORDER leaves out the columns beyond the image.
     ///
     /// # Safety
     /// Rows, and columns unless BORDER, must be inside; R is 1 or 2.
@@ -301,27 +295,26 @@ impl<T: Scalar> Tile<'_, T> {
         const KW: usize,
         const STRIDE: usize,
         const R: usize,
-        const C: usize,
         const BORDER: bool,
     >(
         &self,
         simd: S,
-    ) -> [[S::V; C]; R] {
+    ) -> [[S::V; WIDE]; R] {
         let Self { mut input, image, column, taps, kernel: (kh, down), .. } = *self;
         let mut row = self.inside.start;
         // SAFETY: the caller's promise.
         unsafe {
-            let mut acc = [[simd.load(self.bias); C]; R];
+            let mut acc = [[simd.load(self.bias); WIDE]; R];
             let mut w = [[simd.splat(T::ZERO); KW]; R];
             macro_rules! pixels {
                 ($low:expr, $high:expr, $($q:literal)+) => {$(
-                    if $q < (C - 1) * STRIDE + KW
+                    if $q < (WIDE - 1) * STRIDE + KW
                         && (!BORDER || (0..image.columns as isize).contains(&(column + $q)))
                     {
                         let v = simd.load(input.wrapping_add($q * image.step));
                         for r in $low..$high {
                             for (j, &w) in w[r].iter().enumerate() {
-                                if $q >= j && ($q - j) % STRIDE == 0 && ($q - j) / STRIDE < C {
+                                if $q >= j && ($q - j) % STRIDE == 0 && ($q - j) / STRIDE < WIDE {
                                     let p = ($q - j) / STRIDE;
                                     acc[r][p] = simd.fma(w, v, acc[r][p]);
                                 }
@@ -426,6 +419,8 @@ impl<T: Scalar, const KW: usize, const STRIDE: usize> Kernel<T>
             for x in (0..grad.columns).step_by(SEGMENT) {
                 let end = (x + SEGMENT).min(grad.columns);
                 let inner = left.clamp(x, end)..right.clamp(x, end);
+                // Sums are loaded and stored for each part: of few columns all at once.
+                let inner = if inner.len() < WIDE { end..end } else { inner };
                 for block in 0..blocks(image.channels, lanes) {
                     let c = start(block, image.channels, lanes);
                     let sums = scratch[block * (kh * KW + 1) * lanes..].as_mut_ptr();
@@ -434,9 +429,9 @@ impl<T: Scalar, const KW: usize, const STRIDE: usize> Kernel<T>
                     unsafe {
                         columns.alone(simd, kh * KW, x..end);
                         if taps {
-                            columns.border::<S, KW, STRIDE>(simd, x..inner.start);
-                            columns.inner::<S, KW, STRIDE>(simd, inner.clone());
-                            columns.border::<S, KW, STRIDE>(simd, inner.end..end);
+                            columns.rows::<S, KW, STRIDE, true>(simd, x..inner.start);
+                            columns.rows::<S, KW, STRIDE, false>(simd, inner.clone());
+                            columns.rows::<S, KW, STRIDE, true>(simd, inner.end..end);
                         }
                     }
                 }
@@ -484,43 +479,12 @@ impl<T: Scalar> Columns<'_, T> {
         }
     }
 
-    /// Tap by tap, those that are inside.
+    /// As many rows of taps at a time as registers hold; BORDER leaves out the columns beyond the image.
     ///
     /// # Safety
-    /// The gradients must be inside.
+    /// The gradients must be inside, and all columns of their taps unless BORDER.
     #[inline(always)]
-    unsafe fn border<S: Simd<T>, const KW: usize, const STRIDE: usize>(
-        &self,
-        simd: S,
-        columns: Range<usize>,
-    ) {
-        let Self { image, grid, grad, c, y, sums, .. } = *self;
-        let (first, rows) = grid.inside(y, image.rows, grid.kernel.0);
-        for x in columns {
-            let column = grid.origin.1 + (x * STRIDE) as isize;
-            // SAFETY: the caller's promise; rows and columns of taps inside.
-            unsafe {
-                let g = simd.load(grad.at(y as isize, x as isize).add(c));
-                for i in rows.clone() {
-                    for j in 0..KW {
-                        let q = column + j as isize;
-                        if (0..image.columns as isize).contains(&q) {
-                            let v = simd.load(image.at(first + i as isize, q).add(c));
-                            let sum = sums.add((i * KW + j) * simd.lanes());
-                            simd.store(simd.fma(g, v, simd.load(sum)), sum);
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    /// As many rows of taps at a time as registers hold.
-    ///
-    /// # Safety
-    /// The gradients must be inside, and all columns of their taps.
-    #[inline(always)]
-    unsafe fn inner<S: Simd<T>, const KW: usize, const STRIDE: usize>(
+    unsafe fn rows<S: Simd<T>, const KW: usize, const STRIDE: usize, const BORDER: bool>(
         &self,
         simd: S,
         columns: Range<usize>,
@@ -534,7 +498,9 @@ impl<T: Scalar> Columns<'_, T> {
                     match (rows.end - i).min(const { most_rows(KW, S::TILE_VECTORS) }) {
                         $($rows if const { $rows <= most_rows(KW, S::TILE_VECTORS) } => {
                             // SAFETY: the caller's promise; rows i..i + $rows of taps are inside.
-                            unsafe { self.taps::<S, KW, STRIDE, $rows>(simd, columns, i, rows.start) }
+                            unsafe {
+                                self.taps::<S, KW, STRIDE, $rows, BORDER>(simd, columns, i, rows.start)
+                            }
                             i += $rows;
                         })+
                         rows => unreachable!("{rows} rows"),
@@ -548,9 +514,15 @@ impl<T: Scalar> Columns<'_, T> {
     /// Rows i..i + I of taps, of which the first inside are from `first` on.
     ///
     /// # Safety
-    /// As [`Columns::inner`], and the rows must be inside.
+    /// As [`Columns::rows`], and these must be inside.
     #[inline(always)]
-    unsafe fn taps<S: Simd<T>, const KW: usize, const STRIDE: usize, const I: usize>(
+    unsafe fn taps<
+        S: Simd<T>,
+        const KW: usize,
+        const STRIDE: usize,
+        const I: usize,
+        const BORDER: bool,
+    >(
         &self,
         simd: S,
         columns: Range<usize>,
@@ -560,7 +532,7 @@ impl<T: Scalar> Columns<'_, T> {
         let Self { image, grid, grad, block, c, y, sums } = *self;
         let lanes = simd.lanes();
         let row = grid.origin.0 + (y * grid.stride.0 + i) as isize;
-        let column = grid.origin.1 + (columns.start * STRIDE) as isize;
+        let mut column = grid.origin.1 + (columns.start * STRIDE) as isize;
         let mut input = image.at(row, column).wrapping_add(c);
         let mut from = grad.at(y as isize, columns.start as isize).wrapping_add(c);
         // SAFETY: the caller's promise; there are sums for all taps.
@@ -586,15 +558,24 @@ impl<T: Scalar> Columns<'_, T> {
                     next[1].ask(simd, 1, grad.row());
                 }
                 let g = simd.load(from);
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    for (j, acc) in acc.iter_mut().enumerate() {
-                        let v = simd.load(input.wrapping_add(r * image.row() + j * image.step));
-                        *acc = simd.fma(g, v, *acc);
-                    }
+                macro_rules! columns {
+                    ($($j:literal)+) => {$(
+                        if $j < KW
+                            && (!BORDER || (0..image.columns as isize).contains(&(column + $j)))
+                        {
+                            for (r, acc) in acc.iter_mut().enumerate() {
+                                let at = input.wrapping_add(r * image.row() + $j * image.step);
+                                acc[$j % KW] = simd.fma(g, simd.load(at), acc[$j % KW]);
+                            }
+                        }
+                    )+};
                 }
+                columns!(0 1 2 3 4 5 6 7 8);
                 from = from.wrapping_add(grad.step);
                 input = input.wrapping_add(STRIDE * image.step);
+                column += STRIDE as isize;
             }
+            let _ = column;
             for (r, acc) in acc.iter().enumerate() {
                 for (j, &acc) in acc.iter().enumerate() {
                     simd.store(acc, sums.add((r * KW + j) * lanes));

@@ -1,6 +1,7 @@
 //! Some channels between channels_last, where a pixel's channels lie side by side, and planes.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use super::extent;
 use crate::simd::{Kernel, Scalar, Simd};
@@ -86,19 +87,21 @@ impl<T: Scalar> Kernel<T> for Transpose<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, simd: S) {
-        let whole = (self.pixels - self.pixels % RUN, self.channels - self.channels % TILE);
-        for p in (0..whole.0).step_by(RUN) {
-            self.ask(simd, p + AHEAD);
-            for c in (0..whole.1).step_by(TILE) {
-                // SAFETY: pixels p..p + RUN and channels c..c + TILE are inside.
-                unsafe {
-                    self.tile(simd, p, c);
-                    self.tile(simd, p + TILE, c);
+        let Self { pixels, channels, .. } = self;
+        if pixels.min(channels) < TILE {
+            return self.each(0..pixels, 0..channels);
+        }
+        for run in (0..pixels).step_by(RUN) {
+            self.ask(simd, run + AHEAD);
+            for c in (0..channels).step_by(TILE) {
+                for p in (run..pixels.min(run + RUN)).step_by(TILE) {
+                    // The last tiles begin inside those before.
+                    let (p, c) = (p.min(pixels - TILE), c.min(channels - TILE));
+                    // SAFETY: pixels p..p + TILE and channels c..c + TILE are inside.
+                    unsafe { self.tile(simd, p, c) };
                 }
             }
-            self.rest(p..p + RUN, whole.1..self.channels);
         }
-        self.rest(whole.0..self.pixels, 0..self.channels);
     }
 }
 
@@ -130,8 +133,9 @@ impl<T: Scalar> Transpose<'_, T> {
         }
     }
 
+    /// Element by element.
     #[inline(always)]
-    fn rest(&self, pixels: std::ops::Range<usize>, channels: std::ops::Range<usize>) {
+    fn each(&self, pixels: Range<usize>, channels: Range<usize>) {
         let Self { from_step, to_step, .. } = *self;
         for c in channels {
             for p in pixels.clone() {

@@ -2,6 +2,7 @@
 
 use super::phases::{self, Phases};
 use super::scratch::Window;
+use super::small;
 use super::staged::Staged;
 use super::strips::Strips;
 use super::{Planes, check_depthwise, expect_len, from_plane, optional_len, plane, turned};
@@ -26,8 +27,13 @@ pub fn depthwise_forward<T: Scalar>(
     let (input, output, taps) = check_depthwise(geometry, x, weight)?;
     optional_len("bias", bias, input.c)?;
     expect_len("y", y, output.size())?;
+    let threads = threads.for_work(output.size() * taps);
+    if small::suits(geometry, weight) {
+        small::forward(geometry, x, weight, bias, y, threads);
+        return Ok(());
+    }
     let planes = Planes::result(y, output);
-    parallel::for_each(threads.for_work(output.size() * taps), input.c, |c| {
+    parallel::for_each(threads, input.c, |c| {
         let bias = bias.map_or(T::ZERO, |bias| bias[c]);
         let weight = weight[c * taps..][..taps].to_vec();
         let mut convolution = Convolution::new(geometry, weight, bias, &planes);
@@ -59,16 +65,24 @@ pub fn depthwise_backward<T: Scalar>(
     threads: Threads,
 ) -> Result<(), ShapeError> {
     let (input, output, taps) = check_depthwise(geometry, x, weight)?;
-    let DepthwiseGradients { x: gx, weight: gweight, bias: gbias } = gradients;
+    let DepthwiseGradients { x: mut gx, weight: mut gweight, bias: mut gbias } = gradients;
     expect_len("grad", grad, output.size())?;
     optional_len("x's gradient", gx.as_deref(), input.size())?;
     optional_len("weight's gradient", gweight.as_deref(), input.c * taps)?;
     optional_len("bias's gradient", gbias.as_deref(), input.c)?;
+    let threads = threads.for_work(output.size() * taps);
+    if small::suits(geometry, weight) {
+        let (weight_gradient, bias) = (gweight.as_deref_mut(), gbias.as_deref_mut());
+        let gradients = DepthwiseGradients { x: gx.take(), weight: weight_gradient, bias };
+        if small::backward(geometry, grad, x, weight, gradients, threads) {
+            return Ok(());
+        }
+    }
     let per_channel = |w: usize| Batch { n: 1, c: input.c, h: 1, w };
     let gx = gx.map(|gx| Planes::result(gx, input));
     let gweight = gweight.map(|gweight| Planes::new(gweight, per_channel(taps)));
     let gbias = gbias.map(|gbias| Planes::new(gbias, per_channel(1)));
-    parallel::for_each(threads.for_work(output.size() * taps), input.c, |c| {
+    parallel::for_each(threads, input.c, |c| {
         let weight = &weight[c * taps..][..taps];
         let mut sum = vec![0.0; taps];
         let mut sum_bias = 0.0;

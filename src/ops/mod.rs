@@ -15,6 +15,7 @@ mod phases;
 mod pixels;
 mod pointwise;
 pub(crate) mod scratch;
+mod small;
 mod staged;
 mod strips;
 mod xunit;

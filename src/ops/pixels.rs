@@ -36,6 +36,13 @@ pub(super) fn has_weight_gradient(geometry: &Geometry) -> bool {
 /// The most channels of a task, but for the last, which takes what is left: pieces of four lines are read, and some rows
 /// of so many stay in the second-level cache.
 const CHUNK: usize = 64;
+/// Bytes of an image of which all channels are read together, in the order of memory, as the second-level cache holds it.
+const IMAGE_BYTES: usize = 512 << 10;
+/// Channels of a chunk of images of this shape that are read row by row.
+fn chunk_of<T>(image: Batch) -> usize {
+    let whole = image.c * image.plane() * size_of::<T>() <= IMAGE_BYTES;
+    if whole { image.c.max(CHUNK) } else { CHUNK }
+}
 /// Rows of a task, at least: its neighbours read those again that both need.
 const ROWS: usize = 8;
 /// Tasks that are wanted: not to depend on how many threads there are.
@@ -53,9 +60,9 @@ struct Tasks {
 }
 
 impl Tasks {
-    fn new<T: Scalar>(images: usize, rows: usize, channels: usize) -> Self {
+    /// Of chunks of so many channels, or less, if there are not enough tasks.
+    fn new<T: Scalar>(images: usize, rows: usize, channels: usize, mut chunk: usize) -> Self {
         let strips = |chunks: usize| TASKS.div_ceil(images * chunks).min(rows / ROWS).max(1);
-        let mut chunk = CHUNK;
         let mut chunks = (channels / chunk).max(1);
         while images * strips(chunks) * chunks < TASKS && chunk > simd::selected_lanes::<T>() {
             chunk /= 2;
@@ -92,13 +99,13 @@ fn image<T>(tensor: &[T], shape: Batch, n: usize, channels: Range<usize>) -> Ima
 }
 
 /// Where the taps of a convolution meet its input.
-fn grid_of(conv: &Conv) -> Grid {
+pub(super) fn grid_of(conv: &Conv) -> Grid {
     let Conv { kh, kw, stride, padding: [top, _, left, _], .. } = *conv;
     Grid { kernel: (kh, kw), stride: stride.into(), origin: (-(top as isize), -(left as isize)) }
 }
 
 /// The taps of these rows and columns of the kernel, in this order: (rows, columns, channels).
-fn taps_of<T: Scalar>(
+pub(super) fn taps_of<T: Scalar>(
     weight: &[T],
     (kh, kw): (usize, usize),
     rows: &[usize],
@@ -125,7 +132,7 @@ pub(super) fn forward<T: Scalar>(
     let taps = taps_of(weight, grid.kernel, &all(kh), &all(kw));
     let zeros = vec![T::ZERO; input.c];
     let bias = bias.unwrap_or(&zeros);
-    let tasks = Tasks::new::<T>(input.n, oh, input.c);
+    let tasks = Tasks::new::<T>(input.n, oh, input.c, chunk_of::<T>(input));
     let planes = Planes::result(y, geometry.output());
     parallel::for_each(threads, tasks.count(), |task| {
         let (n, rows, channels) = tasks.task(task);
@@ -142,18 +149,18 @@ pub(super) fn forward<T: Scalar>(
 }
 
 /// The rows or columns of the input of one phase of a stride.
-struct Phase {
+pub(super) struct Phase {
     /// The first of them, and how many.
-    first: usize,
-    count: usize,
+    pub(super) first: usize,
+    pub(super) count: usize,
     /// The taps that reach them, turned, and where the first of these meets the gradient.
-    taps: Vec<usize>,
-    origin: isize,
+    pub(super) taps: Vec<usize>,
+    pub(super) origin: isize,
 }
 
 impl Phase {
     /// Those of `len`, with so much padding before them, that have any.
-    fn all(len: usize, k: usize, stride: usize, padding: usize) -> Vec<Self> {
+    pub(super) fn all(len: usize, k: usize, stride: usize, padding: usize) -> Vec<Self> {
         let phase = |phase: usize| {
             let first = (phase + stride - padding % stride) % stride;
             let taps: Vec<_> = (phase..k).step_by(stride).rev().collect();
@@ -191,7 +198,7 @@ pub(super) fn input_gradient<T: Scalar>(
         })
         .collect();
     let zeros = vec![T::ZERO; c];
-    let tasks = Tasks::new::<T>(input.n, input.h.div_ceil(sh), c);
+    let tasks = Tasks::new::<T>(input.n, input.h.div_ceil(sh), c, chunk_of::<T>(output));
     let step = (PHASE_BYTES / (ow * c.min(2 * CHUNK) * size_of::<T>())).max(2);
     let planes = Planes::result(gx, input);
     parallel::for_each(threads, tasks.count(), |task| {
@@ -242,7 +249,7 @@ pub(super) fn parameters<T: Scalar>(
     let Conv { kh, kw, .. } = conv;
     let (output, taps, lanes) = (geometry.output(), kh * kw, simd::selected_lanes::<T>());
     let grid = grid_of(&conv);
-    let tasks = Tasks::new::<T>(input.n, oh, input.c);
+    let tasks = Tasks::new::<T>(input.n, oh, input.c, CHUNK);
     let strips = tasks.images * tasks.strips;
     let groups = strips.min(SUMS.div_ceil(tasks.chunks));
     // Of the last chunk, which is the largest.
