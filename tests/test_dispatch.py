@@ -67,9 +67,9 @@ def test_rust_runs_forward_and_backward(unit, bn, calls):
         ({"kernel_size": 3, "padding": 1}, 48, False, True),
         ({"kernel_size": (2, 3), "padding": 1}, 48, False, True),
         ({"kernel_size": 3, "padding": 1}, 1500, True, True),
-        # Kernels that do not read pixels as they lie, or not in whole tiles.
-        ({"kernel_size": 3, "padding": 1}, 7, False, False),
-        ({"kernel_size": 5, "padding": 2}, 7, False, True),
+        ({"kernel_size": 3, "padding": 1}, 7, False, True),
+        ({"kernel_size": 5, "padding": 2}, 7, True, True),
+        # Kernels that do not read pixels as they lie.
         ({"kernel_size": 3, "padding": 1, "dilation": 2}, 48, False, True),
         ({"kernel_size": 3, "padding": 3}, 48, False, False),
         ({"kernel_size": 4, "padding": 1}, 48, False, False),

@@ -20,10 +20,10 @@ pub struct Filter {
 impl Filter {
     /// Of k rows of taps; none where plain sums are as fast everywhere.
     ///
-    /// Time over that of plain sums, one thread of a Zen 4, AVX-512, at 16 × 64 × 64 × 64, 64 × 64 × 40 × 40
-    /// and 64 × 512 × 512: forward k = 11 0.78, 0.85 and 0.68; k = 7 0.98, 1.09 and 0.94, which the training
-    /// step of an xUnit takes to 0.96, 0.99 and 0.95, its evaluation to 0.92, 0.93 and 0.94; k = 9 0.85 and
-    /// 0.94 at the first two.
+    /// Time over that of plain sums, one thread of a Zen 4, AVX-512, at 16 × 64 × 64 × 64, 64 × 64 × 40 × 40,
+    /// 64 × 256 × 256 and 64 × 512 × 512: forward k = 7 0.95, 0.97, 0.97 and 1.0, evaluation of an xUnit 0.97, 0.9 and
+    /// 0.97 at the first three; forward k = 9 0.8, 0.8, 0.84 and 0.8. In an earlier version k = 11 0.78, 0.85 and 0.68 at
+    /// the first two and the last.
     pub fn of(k: usize) -> Option<Self> {
         let tile = match k {
             9 => 3,
