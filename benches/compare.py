@@ -27,7 +27,8 @@ copying buffers that no cache holds. The peak is the best so far, measured for a
 again at every row, because a single measurement on a busy machine may be too low. If it still rises
 by more than 5 %, a line says so, and shares above that line are too high; those in the JSON file
 all use the final limits. Above 100 %, convolutions go by minimal filtering, with fewer
-multiply-adds than count here (kernels of 7, 9 and 11 rows where src/kernels/minimal.rs says so).
+multiply-adds than are counted (kernels of 7, 9 and 11 rows, where src/kernels/conv.rs says so), or
+the peak was never reached in this run.
 
 --between puts every operation between two 1×1 convolutions of PyTorch and subtracts, turn by turn,
 what the convolutions take without it: what the operation adds in a network, where the threads of

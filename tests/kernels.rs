@@ -242,14 +242,15 @@ fn convolution_padded(
 /// Planes without their padding, as they are and through relu of a map.
 #[test]
 fn convolution_of_filtered_planes() {
-    for k in [7, 9, 11] {
+    for (kh, kw) in [(7, 7), (9, 9), (11, 11), (7, 1), (9, 3), (11, 31)] {
         for w in widths() {
-            let mut noise = Noise::new((k * 89 + w) as u64);
+            let mut noise = Noise::new((kh * 89 + w) as u64);
             for maps in [false, true] {
-                let padding = [(); 4].map(|()| noise.below(k));
+                let mut below = |n: usize| noise.below(n);
+                let padding = [below(kh), below(kh), below(kw.min(16)), below(kw.min(16))];
                 let (h, [top, bottom, left, right]) = (1 + noise.below(40), padding);
-                if h + top + bottom >= k && w + left + right >= k {
-                    convolution_filtered(k, (h, w), padding, maps, &mut noise);
+                if h + top + bottom >= kh && w + left + right >= kw {
+                    convolution_filtered((kh, kw), (h, w), padding, maps, &mut noise);
                 }
             }
         }
@@ -257,15 +258,15 @@ fn convolution_of_filtered_planes() {
 }
 
 fn convolution_filtered(
-    k: usize,
+    (kh, kw): (usize, usize),
     (h, w): (usize, usize),
     padding: [usize; 4],
     maps: bool,
     noise: &mut Noise,
 ) {
-    let conv = Conv { padding, ..dense(k, k) };
+    let conv = Conv { padding, ..dense(kh, kw) };
     let x = one(noise.vec(h * w), h, w);
-    let weight = Array3::from_shape_vec((1, k, k), noise.vec(k * k)).unwrap();
+    let weight = Array3::from_shape_vec((1, kh, kw), noise.vec(kh * kw)).unwrap();
     let affine = Affine { centre: noise.next(), scale: noise.next(), shift: noise.next() };
     let map = |x: f64| (affine.scale * (x - affine.centre) + affine.shift).max(0.0);
     let u = if maps { x.mapv(map) } else { x.clone() };
@@ -277,7 +278,7 @@ fn convolution_filtered(
         scale: affine.scale as f32,
         shift: affine.shift as f32,
     };
-    let taps = conv::Taps::with(flat::<f32, _>(&weight), (k, k), 1, Filter::of(k));
+    let taps = conv::Taps::with(flat::<f32, _>(&weight), (kh, kw), 1, Filter::of(kh));
     assert!(taps.filters(padding));
     // Rows farther apart than they are long, and whatever lies between them.
     let ld = w + noise.below(5);
@@ -291,7 +292,8 @@ fn convolution_filtered(
         relu_of: maps.then_some(affine),
     };
     for isa in available() {
-        let case = || format!("{isa}: kernel {k}, plane {h}×{w}, padding {padding:?}, {maps}");
+        let case =
+            || format!("{isa}: kernel {kh}×{kw}, plane {h}×{w}, padding {padding:?}, {maps}");
         let mut scratch = nan(taps.scratch(oh, ow));
         let mut run = |out: Target<'_, f32>, to: Target<'_, f32>| {
             let (bias, next, scratch) = (&[bias as f32], &data[..], &mut scratch[..]);

@@ -800,6 +800,19 @@ fn depthwise_of_small_planes() {
     });
 }
 
+/// What is not finite where planes are filtered, in strips that are higher than padded planes have them.
+#[test]
+fn depthwise_of_what_is_not_finite() {
+    on_every_isa("depthwise_of_what_is_not_finite", || {
+        let mut noise = Noise::new(79);
+        for (k, h, w) in [(7, 300, 130), (9, 176, 176), (11, 176, 176)] {
+            let input = Batch::new(&[1, 1, h, w]).unwrap();
+            let geometry = Geometry::new(input, Conv::same(k).unwrap()).unwrap();
+            depthwise_in::<f32>(Layout::Planes, &geometry, &mut noise, true);
+        }
+    });
+}
+
 #[test]
 fn depthwise_in_channels_last() {
     fn check_in<T: Scalar>(geometry: &Geometry, noise: &mut Noise, spoil: bool) {
@@ -865,6 +878,12 @@ fn depthwise_in_channels_last() {
                     check_in::<f32>(&Geometry::new(input, conv).unwrap(), &mut noise, false);
                 }
             }
+        }
+        // Few images, of channels that are no multiple of those of a task.
+        for c in [72, 80, 96, 100, 144, 192] {
+            let input = Batch::new(&[1 + c % 3, c, 14, 13]).unwrap();
+            let geometry = Geometry::new(input, Conv::same(3).unwrap()).unwrap();
+            check_in::<f32>(&geometry, &mut noise, false);
         }
         // More rows of a gradient than all phases read at a time.
         let conv = Conv { stride: [2, 2], ..Conv::same(3).unwrap() };

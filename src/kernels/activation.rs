@@ -3,6 +3,7 @@
 //! Batch norm appears as the affine map that it is once its statistics are known; without batch norm the map is the identity, which changes no value.
 
 use std::mem::replace;
+use std::ops::Range;
 
 use super::MAX_LANES;
 use crate::simd::{Kernel, Scalar, Simd};
@@ -135,7 +136,12 @@ impl<'a, T: Scalar> Target<'a, T> {
 
     /// For a while.
     pub(crate) fn again(&mut self) -> Target<'_, T> {
-        Target { slice: &mut *self.slice, stream: self.stream }
+        self.part(0..self.slice.len())
+    }
+
+    /// A part of it, for a while.
+    pub(crate) fn part(&mut self, range: Range<usize>) -> Target<'_, T> {
+        Target { slice: &mut self.slice[range], stream: self.stream }
     }
 
     /// Past the caches, if `stream`, where vectors are aligned.

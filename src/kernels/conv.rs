@@ -215,15 +215,28 @@ impl<T: Scalar> Kernel<T> for Forward<'_, T> {
             if filtered.run(simd) {
                 return;
             }
+            // What was written past the caches is written again.
+            simd::fence();
         }
-        if const { S::TILE_VECTORS == 4 }
-            && self.out.slice.len() / self.ow + 1 >= self.taps.kernel.0
-        {
+        Plain(self).run(simd);
+    }
+}
+
+/// [`Forward`] by plain sums, whatever the taps are made for.
+pub struct Plain<'a, T>(pub Forward<'a, T>);
+
+impl<T: Scalar> Kernel<T> for Plain<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(self, simd: S) {
+        let Self(job) = self;
+        if const { S::TILE_VECTORS == 4 } && job.out.slice.len() / job.ow + 1 >= job.taps.kernel.0 {
             macro_rules! strips {
                 ($($rows:literal)+) => {
-                    match (self.taps.kernel.0, self.taps.block) {
-                        $(($rows, 1) => return simd.apart(Strips::<T, $rows, false>(self)),
-                        ($rows, _) => return simd.apart(Strips::<T, $rows, true>(self)),)+
+                    match (job.taps.kernel.0, job.taps.block) {
+                        $(($rows, 1) => return simd.apart(Strips::<T, $rows, false>(job)),
+                        ($rows, _) => return simd.apart(Strips::<T, $rows, true>(job)),)+
                         _ => {}
                     }
                 };
@@ -234,11 +247,11 @@ impl<T: Scalar> Kernel<T> for Forward<'_, T> {
         // Code for a 3 × 3 kernel is 1.05 times (AVX-512) to 1.4 times (AVX2) as fast as the loop over
         // taps; for 7 × 7 and 9 × 9 the loop is 1.3 to 1.6 times as fast as unrolled code, which
         // spills (divan bench depthwise_planes, Zen 5).
-        match (self.taps.kernel, self.taps.block) {
-            ((3, 3), 1) => simd.apart(Tiles::<T, 3, false>(self)),
-            (_, 1) => simd.apart(Tiles::<T, 0, false>(self)),
-            ((3, 3), _) => simd.apart(Tiles::<T, 3, true>(self)),
-            _ => simd.apart(Tiles::<T, 0, true>(self)),
+        match (job.taps.kernel, job.taps.block) {
+            ((3, 3), 1) => simd.apart(Tiles::<T, 3, false>(job)),
+            (_, 1) => simd.apart(Tiles::<T, 0, false>(job)),
+            ((3, 3), _) => simd.apart(Tiles::<T, 3, true>(job)),
+            _ => simd.apart(Tiles::<T, 0, true>(job)),
         }
     }
 }

@@ -177,8 +177,9 @@ struct Job<'a, T, const M: usize, const P: usize, const G: usize, const BLOCK: b
     bias: *const T,
     /// Tiles × points × rows.
     scratch: *mut T,
-    /// Where in a row of it the taps meet the first output, and column 0 of the inputs is.
+    /// Where in a row of it the first tap of the first output is.
     from: usize,
+    /// Where in a row of it column 0 of the inputs is.
     lead: usize,
     out: *mut T,
     out_rows: usize,

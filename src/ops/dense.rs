@@ -104,6 +104,7 @@ pub(super) fn forward<T: Scalar>(
     let (batch, k) = (x.batch, unit.kernel);
     let constants = |c: usize| Constants {
         relu_of: Channel::given(unit.norm1.as_ref(), c).affine,
+        // As where d is kept, to the same bits.
         taps: conv::Taps::new(unit.weight[c * k * k..][..k * k].to_vec(), (k, k), 1, batch.h),
         bias: unit.bias.map_or(T::ZERO, |bias| bias[c]),
         gated: Channel::given(unit.norm2.as_ref(), c).affine,

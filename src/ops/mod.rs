@@ -4,7 +4,7 @@
 //! The task is a channel: all its planes in a fixed order on one thread, so that every sum has one
 //! order whatever the thread count, and the planes of a channel stay in cache from one pass to the
 //! next. But where channels are mixed or lie next to each other, and nothing is added up over planes, it is a
-//! tile of all channels.
+//! tile of all channels, and where planes are small some channels of an image.
 
 mod channels_last;
 mod dense;
@@ -151,6 +151,11 @@ impl<'a, T> Source<'a, T> {
     /// Plane (n, c).
     fn plane(&self, n: usize, c: usize) -> &'a [T] {
         plane(self.tensor, self.batch, n, c - self.first)
+    }
+
+    /// Plane (n, c) and all after it.
+    fn planes_from(&self, n: usize, c: usize) -> &'a [T] {
+        from_plane(self.tensor, self.batch, n, c - self.first)
     }
 }
 

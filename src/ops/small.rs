@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::pixels::{Phase, grid_of, has_weight_gradient, is_direct, taps_of};
+use super::pixels::{Phase, SUMS, grid_of, has_weight_gradient, is_direct, taps_of, write_sums};
 use super::scratch::Scratch;
 use super::{DepthwiseGradients, Planes};
 use crate::kernels::general::Places;
@@ -16,17 +16,24 @@ use crate::simd::{self, Scalar};
 /// Whether planes are so small that this takes less time, and kernels take them. Time over that of the operations on
 /// planes, forward and input gradient, at 32 × 768 × 7 × 7 (Zen 4, one thread): AVX-512 0.8 for K = 3, 0.6 to 0.8 for 5,
 /// 0.4 to 0.6 for 7, 0.25 to 0.4 for 9, AVX2 0.25 to 0.4; at 32 × 512 × 10 × 10 1.3 for 3 and 5, 0.6 to 0.75 for 7 and
-/// 9; at 32 × 384 × 14 × 14 1.4 to 1.9 for 3 and 5, 0.95 for 7 and 9, of which the weight gradient takes 1.5.
+/// 9; at 32 × 384 × 14 × 14 1.4 to 1.9 for 3 and 5, 0.95 for 7 and 9, of which the weight gradient takes 1.5. Vectors of
+/// four were not timed.
 pub(super) fn suits<T: Scalar>(geometry: &Geometry, weight: &[T]) -> bool {
     let longest = if geometry.conv.kw < 7 { 8 } else { 12 };
-    geometry.ow <= longest && is_direct(geometry, weight)
+    let lanes = simd::selected_lanes::<T>();
+    geometry.ow <= longest
+        && channel_bytes::<T>(geometry) * lanes <= BYTES
+        && is_direct(geometry, weight)
+}
+
+/// Bytes of a channel of what is read or written, whichever is more.
+fn channel_bytes<T>(geometry: &Geometry) -> usize {
+    geometry.input.plane().max(geometry.output().plane()) * size_of::<T>()
 }
 
 /// The most channels of a chunk, and bytes of its image.
 const CHUNK: usize = 64;
 const BYTES: usize = 16 << 10;
-/// Sums of parameters' gradients that are added up at the end, of as many channels as there are chunks.
-const SUMS: usize = 64;
 
 /// The channels of a batch, chunk by chunk: whole vectors, but for the last one, which takes what is left.
 struct Chunks {
@@ -37,8 +44,7 @@ struct Chunks {
 impl Chunks {
     fn new<T: Scalar>(geometry: &Geometry) -> Self {
         let lanes = simd::selected_lanes::<T>();
-        let pixel = geometry.input.plane().max(geometry.output().plane()) * size_of::<T>();
-        let chunk = (BYTES / pixel).min(CHUNK) / lanes * lanes;
+        let chunk = (BYTES / channel_bytes::<T>(geometry)).min(CHUNK) / lanes * lanes;
         Self { channels: geometry.input.c, chunk: chunk.max(lanes) }
     }
 
@@ -53,7 +59,12 @@ impl Chunks {
 }
 
 /// Some channels of image n, pixel by pixel.
-fn gather<T: Scalar>(planes: &[T], batch: Batch, n: usize, channels: &Range<usize>) -> Scratch<T> {
+fn to_pixels<T: Scalar>(
+    planes: &[T],
+    batch: Batch,
+    n: usize,
+    channels: &Range<usize>,
+) -> Scratch<T> {
     let (plane, c) = (batch.plane(), channels.len());
     let from = &planes[(n * batch.c + channels.start) * plane..][..c * plane];
     let mut to = Scratch::new(plane * c);
@@ -66,7 +77,7 @@ fn gather<T: Scalar>(planes: &[T], batch: Batch, n: usize, channels: &Range<usiz
 ///
 /// # Safety
 /// No other reference to these planes may live.
-unsafe fn scatter<T: Scalar>(
+unsafe fn to_planes<T: Scalar>(
     from: &[T],
     planes: &Planes<'_, T>,
     n: usize,
@@ -113,14 +124,14 @@ pub(super) fn forward<T: Scalar>(
     parallel::for_each(threads, input.n * chunks.len(), |task| {
         let (n, chunk) = (task / chunks.len(), task % chunks.len());
         let (channels, taps) = (chunks.channels(chunk), &taps[chunk][..]);
-        let x = gather(x, input, n, &channels);
+        let x = to_pixels(x, input, n, &channels);
         let mut to = Scratch::<T>::new(output.plane() * channels.len());
         // SAFETY: all of it.
         let out = unsafe { places(&mut to, output, channels.len()) };
         let (image, bias) = (image(&x, input, channels.len()), &bias[channels.clone()]);
         simd::dispatch(pixels::Forward { image, grid, taps, bias, rows: 0..output.h, out });
         // SAFETY: this task alone names these channels of image n.
-        unsafe { scatter(&to, &planes, n, &channels) };
+        unsafe { to_planes(&to, &planes, n, &channels) };
     });
 }
 
@@ -183,7 +194,7 @@ pub(super) fn backward<T: Scalar>(
         let len = pixels::sums(grid.kernel, c, lanes);
         let mut scratch = Scratch::new(if sums { len } else { 0 });
         for n in group * input.n / groups..(group + 1) * input.n / groups {
-            let grad = gather(grad, output, n, &channels);
+            let grad = to_pixels(grad, output, n, &channels);
             if let Some(gx) = &gx {
                 let mut to = Scratch::<T>::new(input.plane() * c);
                 for (row, column, taps) in &phases {
@@ -203,10 +214,10 @@ pub(super) fn backward<T: Scalar>(
                     simd::dispatch(pixels::Forward { image, grid, taps, bias: &zeros, rows, out });
                 }
                 // SAFETY: this task alone names these channels of image n.
-                unsafe { scatter(&to, gx, n, &channels) };
+                unsafe { to_planes(&to, gx, n, &channels) };
             }
             if sums {
-                let x = gather(x, input, n, &channels);
+                let x = to_pixels(x, input, n, &channels);
                 simd::dispatch(pixels::WeightGradient {
                     image: image(&x, input, c),
                     grid,
@@ -229,14 +240,5 @@ pub(super) fn backward<T: Scalar>(
         let of_group = |group: usize| sum[(group * chunks.len() + chunk) * len + at];
         T::from_f64((0..groups).map(of_group).sum())
     };
-    if (0..input.c).any(|c| !of(c, kernel).to_f64().is_finite()) {
-        return false;
-    }
-    for (i, g) in gweight.into_iter().flatten().enumerate() {
-        *g = of(i / kernel, i % kernel);
-    }
-    for (c, g) in gbias.into_iter().flatten().enumerate() {
-        *g = of(c, kernel);
-    }
-    true
+    write_sums(input.c, kernel, of, gweight, gbias)
 }

@@ -96,10 +96,9 @@ impl<T: Scalar> Strips<T> {
         } else {
             &next[..next.len().min(self.inside(0..self.rows + conv.kh - 1).end * w)]
         };
-        let Self { geometry, taps, bias, relu_of, input, scratch, .. } = self;
+        let Self { taps, bias, relu_of, input, scratch, .. } = self;
         let (bias, relu_of) = (&[*bias], *relu_of);
-        let mut whole;
-        let (window, next, copy) = match input {
+        match input {
             Input::Masked => {
                 let padding = [above, padded.end.saturating_sub(top + h), left, right];
                 let rows = &x[start * w..];
@@ -115,28 +114,60 @@ impl<T: Scalar> Strips<T> {
                 };
                 let bias = bias[0];
                 simd::dispatch(masked::Forward { input, padding, taps, bias, out, ow, next, copy });
-                return;
             }
             Input::Filtered => {
                 let (rows, padding) = (last - start, [above, left]);
                 let data = &x[start * w..last * w];
                 let input = filtered::Rows { data, ld: w, rows, width: w, padding, relu_of };
-                let out = out.again();
+                let to = out.again();
                 let filtered =
-                    filtered::Forward { input, taps, bias, out, ow, scratch, next, copy };
-                if simd::dispatch(filtered) {
-                    return;
+                    filtered::Forward { input, taps, bias, out: to, ow, scratch, next, copy };
+                if !simd::dispatch(filtered) {
+                    self.plain(y..end, x, out);
                 }
-                // What was written past the caches is written again.
-                simd::fence();
-                whole = Window::new(geometry);
-                whole.restart(y);
-                (&mut whole, &[][..], CopyOut::default())
             }
-            Input::Padded(window) => (window, next, copy),
-        };
-        window.slide_over(padded, (x, 0), relu_of);
-        let (input, ld) = (window.input(), window.ld);
-        simd::dispatch(conv::Forward { input, ld, taps, bias, out, ow, scratch, next, copy });
+            Input::Padded(window) => {
+                window.slide_over(padded, (x, 0), relu_of);
+                let (input, ld) = (window.input(), window.ld);
+                simd::dispatch(conv::Forward {
+                    input,
+                    ld,
+                    taps,
+                    bias,
+                    out,
+                    ow,
+                    scratch,
+                    next,
+                    copy,
+                });
+            }
+        }
+    }
+
+    /// These rows of outputs by plain sums of the padded plane: where filtering spreads infinities and NaNs.
+    fn plain(&self, rows: Range<usize>, x: &[T], mut out: Target<'_, T>) {
+        // What was written past the caches is written again.
+        simd::fence();
+        let Self { geometry, taps, bias, relu_of, .. } = self;
+        let Geometry { conv, ow, .. } = *geometry;
+        let mut window = Window::new(geometry);
+        window.restart(rows.start);
+        let strip = window.strip(geometry);
+        for y in rows.clone().step_by(strip) {
+            let end = (y + strip).min(rows.end);
+            window.slide_over(y..end + conv.kh - 1, (x, 0), *relu_of);
+            let pixels = (y - rows.start) * ow..(end - rows.start) * ow;
+            simd::dispatch(conv::Plain(conv::Forward {
+                input: window.input(),
+                ld: window.ld,
+                taps,
+                bias: &[*bias],
+                out: out.part(pixels),
+                ow,
+                scratch: &mut [],
+                next: &[],
+                copy: CopyOut::default(),
+            }));
+        }
     }
 }

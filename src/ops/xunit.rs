@@ -366,7 +366,7 @@ impl<T: Scalar> Forward<'_, T> {
         let mut statistics = Statistics::default();
         for n in 0..batch.n {
             let (plane, next) =
-                (u.plane(n, c), if n + 1 < batch.n { u.plane(n + 1, c) } else { &[] });
+                (u.planes_from(n, c), if n + 1 < batch.n { u.plane(n + 1, c) } else { &[] });
             for y in (0..batch.h).step_by(strip) {
                 let pixels = y * batch.w..(y + strip).min(batch.h) * batch.w;
                 // Where d is not kept but its statistics are awaited, it waits in the output.
