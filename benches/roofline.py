@@ -38,7 +38,7 @@ PANELS = {
 UNIT_MARKERS = {"depthwise": "o", "xUnit": "o", "xUnitS": "s", "xUnitD": "^"}
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-LOWEST, HIGHEST = 0.004, 2.0
+LOWEST, HIGHEST = 0.002, 2.0
 OCTAVES = 0.24  # of the x axis that a character of a label takes
 
 Row = dict[str, Any]
@@ -82,8 +82,9 @@ def draw(
         start = math.log2(intensity) - half
         line = next((i for i, end in enumerate(written) if end <= start), len(written))
         written[line : line + 1] = [start + 2 * half]
-        height = HIGHEST * 0.82 * 0.6**line
-        axes.text(intensity, height, text, ha="center", va="top", fontsize=8)
+        # Below all dots: those near the roof leave no room there.
+        height = LOWEST * 1.2 / 0.5**line
+        axes.text(intensity, height, text, ha="center", va="bottom", fontsize=8)
         for i, row in enumerate(members):
             width = min(0.36, 0.06 * len(members))
             step = (i / (len(members) - 1) - 0.5) if len(members) > 1 else 0.0
