@@ -83,7 +83,7 @@ def draw(
         line = next((i for i, end in enumerate(written) if end <= start), len(written))
         written[line : line + 1] = [start + 2 * half]
         # Below all dots: those near the roof leave no room there.
-        height = LOWEST * 1.2 / 0.5**line
+        height = LOWEST * 1.2 * 2**line
         axes.text(intensity, height, text, ha="center", va="bottom", fontsize=8)
         for i, row in enumerate(members):
             width = min(0.36, 0.06 * len(members))

@@ -109,6 +109,11 @@ pub(super) fn grid_of(conv: &Conv) -> Grid {
     Grid { kernel: (kh, kw), stride: stride.into(), origin: (-(top as isize), -(left as isize)) }
 }
 
+/// All rows or columns of a kernel.
+pub(super) fn all(k: usize) -> Vec<usize> {
+    (0..k).collect()
+}
+
 /// The taps of these rows and columns of the kernel, in this order: (rows, columns, channels).
 pub(super) fn taps_of<T: Scalar>(
     weight: &[T],
@@ -133,7 +138,6 @@ pub(super) fn forward<T: Scalar>(
     let Geometry { conv, input, oh, ow, .. } = *geometry;
     let Conv { kh, kw, .. } = conv;
     let grid = grid_of(&conv);
-    let all = |k| (0..k).collect::<Vec<_>>();
     let taps = taps_of(weight, grid.kernel, &all(kh), &all(kw));
     let zeros = vec![T::ZERO; input.c];
     let bias = bias.unwrap_or(&zeros);

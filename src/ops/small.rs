@@ -3,7 +3,9 @@
 
 use std::ops::Range;
 
-use super::pixels::{Phase, SUMS, grid_of, has_weight_gradient, is_direct, taps_of, write_sums};
+use super::pixels::{
+    Phase, SUMS, all, grid_of, has_weight_gradient, is_direct, taps_of, write_sums,
+};
 use super::scratch::Scratch;
 use super::{DepthwiseGradients, Planes};
 use crate::kernels::general::Places;
@@ -44,8 +46,9 @@ struct Chunks {
 impl Chunks {
     fn new<T: Scalar>(geometry: &Geometry) -> Self {
         let lanes = simd::selected_lanes::<T>();
+        // A vector or more, as `suits` says.
         let chunk = (BYTES / channel_bytes::<T>(geometry)).min(CHUNK) / lanes * lanes;
-        Self { channels: geometry.input.c, chunk: chunk.max(lanes) }
+        Self { channels: geometry.input.c, chunk }
     }
 
     fn len(&self) -> usize {
@@ -95,10 +98,6 @@ unsafe fn to_planes<T: Scalar>(
 /// Pixels of such a chunk.
 fn image<T>(pixels: &[T], batch: Batch, c: usize) -> Image<'_, T> {
     Image::new(pixels, (batch.h, batch.w), c, 0..c)
-}
-
-fn all(k: usize) -> Vec<usize> {
-    (0..k).collect()
 }
 
 /// [`super::depthwise_forward`]
