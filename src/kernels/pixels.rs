@@ -25,6 +25,8 @@ pub struct Image<'a, T> {
     /// Elements from one pixel to the next.
     step: usize,
     channels: usize,
+    /// What is read after it, if it is in a cache itself.
+    next: Option<*const T>,
 }
 
 impl<'a, T> Image<'a, T> {
@@ -38,7 +40,12 @@ impl<'a, T> Image<'a, T> {
         assert!(pixels.len() == rows * columns * step && !pixels.is_empty());
         assert!(channels.start < channels.end && channels.end <= step);
         let data = &pixels[channels.start..];
-        Self { data, rows, columns, step, channels: channels.len() }
+        Self { data, rows, columns, step, channels: channels.len(), next: None }
+    }
+
+    /// For an image that a cache holds: not its own next rows are asked for, but as many elements from `next` on.
+    pub fn before(self, next: *const T) -> Self {
+        Self { next: Some(next), ..self }
     }
 
     /// Elements from one row to the next.
@@ -48,8 +55,11 @@ impl<'a, T> Image<'a, T> {
 
     /// Where pixel (y, x) is, which need not be there.
     fn at(&self, y: isize, x: isize) -> *const T {
-        let offset = y.wrapping_mul(self.row() as isize).wrapping_add(x * self.step as isize);
-        self.data.as_ptr().wrapping_offset(offset)
+        self.data.as_ptr().wrapping_offset(self.offset(y, x))
+    }
+
+    fn offset(&self, y: isize, x: isize) -> isize {
+        y.wrapping_mul(self.row() as isize).wrapping_add(x * self.step as isize)
     }
 }
 
@@ -87,12 +97,23 @@ struct Ahead<T> {
 }
 
 impl<T: Scalar> Ahead<T> {
-    /// From so many vectors after pixel (y, x) on, which may be outside.
+    /// From so many vectors after pixel (y, x) on, which may be outside, or after as many pixels of what is read
+    /// next as there are before pixel `done`.
     #[inline(always)]
-    fn new(image: Image<'_, T>, (y, x): (isize, isize), vectors: usize, lanes: usize) -> Self {
+    fn new(
+        image: Image<'_, T>,
+        (y, x): (isize, isize),
+        done: (usize, usize),
+        vectors: usize,
+        lanes: usize,
+    ) -> Self {
         let blocks = blocks(image.channels, lanes);
         let (pixel, vector) = (vectors / blocks, vectors % blocks);
-        let ptr = image.at(y, x + pixel as isize).wrapping_add(vector * lanes);
+        let ptr = match image.next {
+            Some(next) => next.wrapping_offset(image.offset(done.0 as isize, done.1 as isize)),
+            None => image.at(y, x),
+        };
+        let ptr = ptr.wrapping_add(pixel * image.step + vector * lanes);
         Self { ptr, left: blocks - vector, blocks, skip: image.step - (blocks - 1) * lanes }
     }
 
@@ -229,10 +250,11 @@ impl<T: Scalar> Forward<'_, T> {
         let whole = column >= 0 && column as usize + read <= image.columns && wide == WIDE;
         // What the next rows of outputs read besides: asked for meanwhile.
         let next = (first + high as isize, column);
+        let done = (y * grid.stride.0, x * STRIDE);
         let y = y - self.rows.start;
         for block in 0..blocks(channels, lanes) {
             let c = start(block, channels, lanes);
-            let mut ahead = Ahead::new(image, next, block * wide * STRIDE, lanes);
+            let mut ahead = Ahead::new(image, next, done, block * wide * STRIDE, lanes);
             for _ in 0..wide * STRIDE {
                 ahead.ask(simd, STRIDE * R, image.row());
             }
@@ -307,7 +329,16 @@ impl<T: Scalar> Tile<'_, T> {
             let mut acc = [[simd.load(self.bias); WIDE]; R];
             let mut w = [[simd.splat(T::ZERO); KW]; R];
             macro_rules! pixels {
-                ($low:expr, $high:expr, $($q:literal)+) => {$(
+                ($low:expr, $high:expr, $phase:literal, $($q:literal)+) => {
+                    for r in $low..$high {
+                        for (j, w) in w[r].iter_mut().enumerate() {
+                            if j % STRIDE == $phase {
+                                let tap = (row - r * down) * KW + j;
+                                *w = simd.load(taps.wrapping_add(tap * image.step));
+                            }
+                        }
+                    }
+                    $(
                     if $q < (WIDE - 1) * STRIDE + KW
                         && (!BORDER || (0..image.columns as isize).contains(&(column + $q)))
                     {
@@ -321,20 +352,21 @@ impl<T: Scalar> Tile<'_, T> {
                             }
                         }
                     }
-                )+};
+                    )+
+                };
             }
-            // The rows up to `end`, which the outputs low..high read.
+            // The rows up to `end`, which the outputs low..high read. One phase of a stride after the other: sixteen
+            // registers hold the sums and the taps of one, of K = 9, too.
             macro_rules! rows {
                 ($end:expr, $low:expr, $high:expr) => {
                     let end = self.inside.end.min($end);
                     while row < end {
-                        for r in $low..$high {
-                            for (j, w) in w[r].iter_mut().enumerate() {
-                                let tap = (row - r * down) * KW + j;
-                                *w = simd.load(taps.wrapping_add(tap * image.step));
-                            }
+                        if STRIDE == 1 {
+                            pixels!($low, $high, 0, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+                        } else {
+                            pixels!($low, $high, 0, 0 2 4 6 8 10 12 14 16 18 20 22);
+                            pixels!($low, $high, 1, 1 3 5 7 9 11 13 15 17 19 21);
                         }
-                        pixels!($low, $high, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22);
                         input = input.wrapping_add(image.row());
                         row += 1;
                     }
@@ -395,7 +427,7 @@ impl<T: Scalar> Kernel<T> for WeightGradient<'_, T> {
         assert!(image.channels == grad.channels && image.channels >= simd.lanes());
         assert!(self.sums.len() == len && self.scratch.len() == len);
         assert!(self.rows.end <= grad.rows);
-        with_constants!(simd, self, (3 1) (5 1) (7 1) (3 2) (5 2) (7 2) (9 2));
+        with_constants!(simd, self, (3 1) (5 1) (7 1) (9 1) (3 2) (5 2) (7 2) (9 2));
     }
 }
 
@@ -546,9 +578,11 @@ impl<T: Scalar> Columns<'_, T> {
             }
             // Of the next row.
             let vectors = block * columns.len();
+            let (done, below) = ((y, columns.start), row + grid.kernel.0 as isize);
+            let of_image = (y * grid.stride.0, columns.start * STRIDE);
             let mut next = [
-                Ahead::new(image, (row + grid.kernel.0 as isize, column), vectors * STRIDE, lanes),
-                Ahead::new(grad, (y as isize + 1, columns.start as isize), vectors, lanes),
+                Ahead::new(image, (below, column), of_image, vectors * STRIDE, lanes),
+                Ahead::new(grad, (y as isize + 1, columns.start as isize), done, vectors, lanes),
             ];
             for _ in columns {
                 if i == first {

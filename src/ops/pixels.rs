@@ -7,6 +7,7 @@ use super::Planes;
 use super::scratch::Scratch;
 use crate::kernels::general::Places;
 use crate::kernels::pixels::{self, Grid, Image};
+use crate::kernels::transpose::Transpose;
 use crate::parallel::{self, Threads};
 use crate::shape::{Batch, Conv, Geometry};
 use crate::simd::{self, Scalar};
@@ -53,47 +54,67 @@ const ROWS: usize = 8;
 /// Tasks that are wanted: not to depend on how many threads there are.
 const TASKS: usize = 16;
 
+/// The channels of a tensor, chunk by chunk: the last one takes what is left, too.
+#[derive(Clone, Copy)]
+pub(super) struct Chunks {
+    channels: usize,
+    chunk: usize,
+}
+
+impl Chunks {
+    pub(super) fn new(channels: usize, chunk: usize) -> Self {
+        Self { channels, chunk }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        (self.channels / self.chunk).max(1)
+    }
+
+    pub(super) fn channels(&self, i: usize) -> Range<usize> {
+        let end = if i + 1 < self.len() { (i + 1) * self.chunk } else { self.channels };
+        i * self.chunk..end
+    }
+
+    /// Groups of so many parts of the work that are added up one by one, whatever the threads.
+    pub(super) fn groups(&self, parts: usize) -> usize {
+        parts.min(SUMS.div_ceil(self.len()))
+    }
+}
+
 /// The split into tasks: rows of an image, a chunk of channels.
 #[derive(Clone, Copy)]
 struct Tasks {
     images: usize,
     rows: usize,
     strips: usize,
-    channels: usize,
-    chunk: usize,
-    chunks: usize,
+    chunks: Chunks,
 }
 
 impl Tasks {
     /// Of chunks of so many channels, or less, if there are not enough tasks.
-    fn new<T: Scalar>(images: usize, rows: usize, channels: usize, mut chunk: usize) -> Self {
-        let strips = |chunks: usize| TASKS.div_ceil(images * chunks).min(rows / ROWS).max(1);
-        let mut chunks = (channels / chunk).max(1);
-        while images * strips(chunks) * chunks < TASKS && chunk > simd::selected_lanes::<T>() {
-            chunk = (chunk / 2).next_multiple_of(simd::selected_lanes::<T>());
-            chunks = (channels / chunk).max(1);
+    fn new<T: Scalar>(images: usize, rows: usize, channels: usize, chunk: usize) -> Self {
+        let lanes = simd::selected_lanes::<T>();
+        let mut chunks = Chunks::new(channels, chunk);
+        let strips = |chunks: Chunks| TASKS.div_ceil(images * chunks.len()).min(rows / ROWS).max(1);
+        while images * strips(chunks) * chunks.len() < TASKS && chunks.chunk > lanes {
+            chunks.chunk = (chunks.chunk / 2).next_multiple_of(lanes);
         }
-        Self { images, rows, strips: strips(chunks), channels, chunk, chunks }
+        Self { images, rows, strips: strips(chunks), chunks }
     }
 
     fn count(&self) -> usize {
-        self.images * self.strips * self.chunks
+        self.images * self.strips * self.chunks.len()
     }
 
     /// Image, rows and channels.
     fn task(&self, task: usize) -> (usize, Range<usize>, Range<usize>) {
-        let (strip, chunk) = (task / self.chunks, task % self.chunks);
-        let (rows, channels) = (self.strip(strip % self.strips), self.chunk(chunk));
+        let (strip, chunk) = (task / self.chunks.len(), task % self.chunks.len());
+        let (rows, channels) = (self.strip(strip % self.strips), self.chunks.channels(chunk));
         (strip / self.strips, rows, channels)
     }
 
     fn strip(&self, strip: usize) -> Range<usize> {
         strip * self.rows / self.strips..(strip + 1) * self.rows / self.strips
-    }
-
-    fn chunk(&self, chunk: usize) -> Range<usize> {
-        let end = if chunk + 1 < self.chunks { (chunk + 1) * self.chunk } else { self.channels };
-        chunk * self.chunk..end
     }
 }
 
@@ -120,10 +141,19 @@ pub(super) fn taps_of<T: Scalar>(
     (kh, kw): (usize, usize),
     rows: &[usize],
     columns: &[usize],
-) -> Vec<T> {
-    let channels = weight.len() / (kh * kw);
-    let taps = rows.iter().flat_map(|i| columns.iter().map(move |j| i * kw + j));
-    taps.flat_map(|tap| (0..channels).map(move |c| weight[c * kh * kw + tap])).collect()
+) -> Scratch<T> {
+    let (taps, channels) = (kh * kw, weight.len() / (kh * kw));
+    let mut of_these = Scratch::new(rows.len() * columns.len() * channels);
+    let mut turned = Scratch::new(weight.len());
+    // SAFETY: the target has as many taps of as many channels.
+    simd::dispatch(unsafe {
+        Transpose::scatter((weight, taps), (turned.as_mut_ptr(), channels), taps, channels)
+    });
+    let names = rows.iter().flat_map(|i| columns.iter().map(move |j| i * kw + j));
+    for (to, tap) in of_these.chunks_exact_mut(channels).zip(names) {
+        to.copy_from_slice(&turned[tap * channels..][..channels]);
+    }
+    of_these
 }
 
 /// [`super::depthwise_forward_channels_last`].
@@ -168,8 +198,15 @@ pub(super) struct Phase {
 }
 
 impl Phase {
+    /// Those of the rows, and of the columns, of a convolution's input.
+    pub(super) fn both(geometry: &Geometry) -> [Vec<Self>; 2] {
+        let Geometry { conv, input, .. } = geometry;
+        let Conv { kh, kw, stride: [sh, sw], padding: [top, _, left, _], .. } = *conv;
+        [Self::all(input.h, kh, sh, top), Self::all(input.w, kw, sw, left)]
+    }
+
     /// Those of `len`, with so much padding before them, that have any.
-    pub(super) fn all(len: usize, k: usize, stride: usize, padding: usize) -> Vec<Self> {
+    fn all(len: usize, k: usize, stride: usize, padding: usize) -> Vec<Self> {
         let phase = |phase: usize| {
             let first = (phase + stride - padding % stride) % stride;
             let taps: Vec<_> = (phase..k).step_by(stride).rev().collect();
@@ -177,6 +214,38 @@ impl Phase {
             Self { first, count: len.saturating_sub(first).div_ceil(stride), taps, origin }
         };
         (0..stride).map(phase).filter(|phase| phase.count > 0).collect()
+    }
+}
+
+/// The rows of one phase and the columns of one, with the taps that reach them.
+pub(super) struct Pixels<'a, T> {
+    pub(super) row: &'a Phase,
+    pub(super) column: &'a Phase,
+    pub(super) taps: Scratch<T>,
+}
+
+impl<'a, T: Scalar> Pixels<'a, T> {
+    pub(super) fn all(
+        [rows, columns]: &'a [Vec<Phase>; 2],
+        weight: &[T],
+        kernel: (usize, usize),
+    ) -> Vec<Self> {
+        let pairs = rows.iter().flat_map(|row| columns.iter().map(move |column| (row, column)));
+        let of = |(row, column): (&'a Phase, &'a Phase)| Self {
+            row,
+            column,
+            taps: taps_of(weight, kernel, &row.taps, &column.taps),
+        };
+        pairs.map(of).collect()
+    }
+
+    /// Where they meet the gradient.
+    pub(super) fn grid(&self) -> Grid {
+        Grid {
+            kernel: (self.row.taps.len(), self.column.taps.len()),
+            stride: (1, 1),
+            origin: (self.row.origin, self.column.origin),
+        }
     }
 }
 
@@ -193,19 +262,10 @@ pub(super) fn input_gradient<T: Scalar>(
     threads: Threads,
 ) {
     let Geometry { conv, input, ow, .. } = *geometry;
-    let Conv { kh, kw, stride: [sh, sw], padding: [top, _, left, _], .. } = conv;
+    let Conv { kh, kw, stride: [sh, sw], .. } = conv;
     let (c, output) = (input.c, geometry.output());
-    let rows = Phase::all(input.h, kh, sh, top);
-    let phases: Vec<_> = rows
-        .iter()
-        .flat_map(|row| {
-            Phase::all(input.w, kw, sw, left).into_iter().map(move |column| (row, column))
-        })
-        .map(|(row, column)| {
-            let taps = taps_of(weight, (kh, kw), &row.taps, &column.taps);
-            (row, column, taps)
-        })
-        .collect();
+    let phases = Phase::both(geometry);
+    let pixels = Pixels::all(&phases, weight, (kh, kw));
     let zeros = vec![T::ZERO; c];
     let tasks = Tasks::new::<T>(input.n, input.h.div_ceil(sh), c, chunk_of::<T>(output));
     let step = (PHASE_BYTES / (ow * c.min(2 * CHUNK) * size_of::<T>())).max(2);
@@ -215,16 +275,12 @@ pub(super) fn input_gradient<T: Scalar>(
         let image = image(grad, output, n, channels.clone());
         for start in all.clone().step_by(step) {
             let end = (start + step).min(all.end);
-            for (row, column, taps) in &phases {
+            for of_phase in &pixels {
+                let Pixels { row, column, ref taps } = *of_phase;
                 let rows = start..end.min(row.count);
                 if rows.is_empty() {
                     continue;
                 }
-                let grid = Grid {
-                    kernel: (row.taps.len(), column.taps.len()),
-                    stride: (1, 1),
-                    origin: (row.origin, column.origin),
-                };
                 // SAFETY: these channels of these pixels of image n are inside the tensor, and this task alone
                 // writes them.
                 let out = unsafe {
@@ -234,7 +290,8 @@ pub(super) fn input_gradient<T: Scalar>(
                     Places::new(first, (sh * input.w * c, sw * c), count, channels.len())
                         .streamed(planes.stream)
                 };
-                let (taps, bias) = (&taps[channels.start..], &zeros[channels.clone()]);
+                let (grid, taps) = (of_phase.grid(), &taps[channels.start..]);
+                let bias = &zeros[channels.clone()];
                 simd::dispatch(pixels::Forward { image, grid, taps, bias, rows, out });
             }
         }
@@ -242,7 +299,69 @@ pub(super) fn input_gradient<T: Scalar>(
 }
 
 /// Sums that are added up at the end, of as many channels as there are chunks.
-pub(super) const SUMS: usize = 64;
+const SUMS: usize = 64;
+
+/// Sums for the gradients of weight and bias: of each group of the work, chunk by chunk, as
+/// [`pixels::WeightGradient`] has them.
+pub(super) struct TapSums {
+    sums: Vec<f64>,
+    chunks: Chunks,
+    /// Elements of a chunk: as many as of the last one, which is the largest.
+    len: usize,
+    kernel: (usize, usize),
+    lanes: usize,
+}
+
+impl TapSums {
+    /// Zeros.
+    pub(super) fn new<T: Scalar>(groups: usize, chunks: Chunks, kernel: (usize, usize)) -> Self {
+        let lanes = simd::selected_lanes::<T>();
+        let len = pixels::sums(kernel, chunks.channels(chunks.len() - 1).len(), lanes);
+        Self { sums: vec![0.0; groups * chunks.len() * len], chunks, len, kernel, lanes }
+    }
+
+    /// A channel for each chunk, of an image for each group.
+    pub(super) fn planes(&mut self) -> Planes<'_, f64> {
+        let (c, w) = (self.chunks.len(), self.len);
+        let batch = Batch { n: self.sums.len() / (c * w), c, h: 1, w };
+        Planes::new(&mut self.sums, batch)
+    }
+
+    /// Writes the gradients, the groups' sums added in order: unless those of the bias are not all finite, as then
+    /// gradients are not, and what they add in the padding has been left out. Returns whether they are.
+    pub(super) fn write<T: Scalar>(
+        mut self,
+        mut gweight: Option<&mut [T]>,
+        mut gbias: Option<&mut [T]>,
+    ) -> bool {
+        let (sums, groups) = self.sums.split_at_mut(self.chunks.len() * self.len);
+        for group in groups.chunks_exact(sums.len()) {
+            sums.iter_mut().zip(group).for_each(|(sum, part)| *sum += part);
+        }
+        let (taps, lanes) = (self.kernel.0 * self.kernel.1, self.lanes);
+        // Where the taps of a channel are, `lanes` apart, and after them the bias.
+        let at = |c: usize| {
+            let chunk = (c / self.chunks.chunk).min(self.chunks.len() - 1);
+            let channels = self.chunks.channels(chunk);
+            chunk * self.len + pixels::place(c - channels.start, channels.len(), lanes, taps, 0)
+        };
+        let channels = 0..self.chunks.channels;
+        if !channels.clone().all(|c| T::from_f64(sums[at(c) + taps * lanes]).to_f64().is_finite()) {
+            return false;
+        }
+        for c in channels {
+            let of_channel = sums[at(c)..].iter().step_by(lanes);
+            if let Some(gweight) = &mut gweight {
+                let to = &mut gweight[c * taps..(c + 1) * taps];
+                to.iter_mut().zip(of_channel).for_each(|(to, &sum)| *to = T::from_f64(sum));
+            }
+            if let Some(gbias) = &mut gbias {
+                gbias[c] = T::from_f64(sums[at(c) + taps * lanes]);
+            }
+        }
+        true
+    }
+}
 
 /// The gradients of weight and bias: each task some rows of some images, of a chunk of channels; their sums are
 /// added in order. Returns whether all of `grad` is finite: else, in the padding, weights' gradients would be NaN.
@@ -255,20 +374,16 @@ pub(super) fn parameters<T: Scalar>(
     threads: Threads,
 ) -> bool {
     let Geometry { conv, input, oh, .. } = *geometry;
-    let Conv { kh, kw, .. } = conv;
-    let (output, taps, lanes) = (geometry.output(), kh * kw, simd::selected_lanes::<T>());
-    let grid = grid_of(&conv);
+    let (output, grid) = (geometry.output(), grid_of(&conv));
     let tasks = Tasks::new::<T>(input.n, oh, input.c, CHUNK);
-    let strips = tasks.images * tasks.strips;
-    let groups = strips.min(SUMS.div_ceil(tasks.chunks));
-    // Of the last chunk, which is the largest.
-    let len = pixels::sums(grid.kernel, tasks.chunk(tasks.chunks - 1).len(), lanes);
-    let mut sums = vec![0.0; groups * tasks.chunks * len];
-    let planes = Planes::new(&mut sums, Batch { n: groups, c: tasks.chunks, h: 1, w: len });
-    parallel::for_each(threads, groups * tasks.chunks, |task| {
-        let (group, chunk) = (task / tasks.chunks, task % tasks.chunks);
-        let channels = tasks.chunk(chunk);
-        let len = pixels::sums(grid.kernel, channels.len(), lanes);
+    let (chunks, strips) = (tasks.chunks, tasks.images * tasks.strips);
+    let groups = chunks.groups(strips);
+    let mut sums = TapSums::new::<T>(groups, chunks, grid.kernel);
+    let planes = sums.planes();
+    parallel::for_each(threads, groups * chunks.len(), |task| {
+        let (group, chunk) = (task / chunks.len(), task % chunks.len());
+        let channels = chunks.channels(chunk);
+        let len = pixels::sums(grid.kernel, channels.len(), simd::selected_lanes::<T>());
         // SAFETY: this task alone names them.
         let sums = unsafe { &mut planes.plane(group, chunk)[..len] };
         let mut scratch = Scratch::new(len);
@@ -285,33 +400,5 @@ pub(super) fn parameters<T: Scalar>(
             });
         }
     });
-    let sum = |c: usize, tap: usize| {
-        let chunk = (c / tasks.chunk).min(tasks.chunks - 1);
-        let channels = tasks.chunk(chunk);
-        let at = pixels::place(c - channels.start, channels.len(), lanes, taps, tap);
-        let of_group = |group: usize| sums[(group * tasks.chunks + chunk) * len + at];
-        T::from_f64((0..groups).map(of_group).sum())
-    };
-    write_sums(input.c, taps, sum, gweight, gbias)
-}
-
-/// Writes the sums of each channel and tap, where the tap after the last stands for the bias: unless these are not all
-/// finite, as gradients are not then, and what they add in the padding has been left out. Returns whether they are.
-pub(super) fn write_sums<T: Scalar>(
-    channels: usize,
-    taps: usize,
-    sum: impl Fn(usize, usize) -> T,
-    gweight: Option<&mut [T]>,
-    gbias: Option<&mut [T]>,
-) -> bool {
-    if (0..channels).any(|c| !sum(c, taps).to_f64().is_finite()) {
-        return false;
-    }
-    for (i, g) in gweight.into_iter().flatten().enumerate() {
-        *g = sum(i / taps, i % taps);
-    }
-    for (c, g) in gbias.into_iter().flatten().enumerate() {
-        *g = sum(c, taps);
-    }
-    true
+    sums.write(gweight, gbias)
 }

@@ -82,6 +82,9 @@ pub(crate) struct Scratch<T> {
     source: Source,
 }
 
+// SAFETY: others can but read it; it is given back by the thread that took it, as it is not `Send`.
+unsafe impl<T: Sync> Sync for Scratch<T> {}
+
 enum Source {
     /// Of this thread.
     Stack(usize),

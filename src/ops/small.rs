@@ -1,31 +1,55 @@
-//! Depthwise convolution of small planes: some channels at a time are turned to channels_last, in the first-level
-//! cache, and back. There vectors are full where a row of a plane has less elements than they, and nothing is padded.
+//! Depthwise convolution of small planes, and of those with a stride: some channels at a time are turned to
+//! channels_last, in a cache, and back. There vectors are full where a row of a plane has less elements than they, those
+//! of the outputs of a stride lie side by side, and nothing is padded.
 
 use std::ops::Range;
 
-use super::pixels::{
-    Phase, SUMS, all, grid_of, has_weight_gradient, is_direct, taps_of, write_sums,
-};
+use super::pixels::{Chunks, Phase, Pixels, TapSums, all, grid_of, is_direct, taps_of};
 use super::scratch::Scratch;
 use super::{DepthwiseGradients, Planes};
+use crate::kernels::activation::{CopyOut, Target};
 use crate::kernels::general::Places;
-use crate::kernels::pixels::{self, Grid, Image};
+use crate::kernels::pixels::{self, Image};
 use crate::kernels::transpose::Transpose;
 use crate::parallel::{self, Threads};
 use crate::shape::{Batch, Geometry};
 use crate::simd::{self, Scalar};
 
-/// Whether planes are so small that this takes less time, and kernels take them. Time over that of the operations on
-/// planes, forward and input gradient, at 32 × 768 × 7 × 7 (Zen 4, one thread): AVX-512 0.8 for K = 3, 0.6 to 0.8 for 5,
-/// 0.4 to 0.6 for 7, 0.25 to 0.4 for 9, AVX2 0.25 to 0.4; at 32 × 512 × 10 × 10 1.3 for 3 and 5, 0.6 to 0.75 for 7 and
-/// 9; at 32 × 384 × 14 × 14 1.4 to 1.9 for 3 and 5, 0.95 for 7 and 9, of which the weight gradient takes 1.5. Vectors of
-/// four were not timed.
+/// Whether planes are so small that this takes less time, and kernels take them.
 pub(super) fn suits<T: Scalar>(geometry: &Geometry, weight: &[T]) -> bool {
-    let longest = if geometry.conv.kw < 7 { 8 } else { 12 };
-    let lanes = simd::selected_lanes::<T>();
-    geometry.ow <= longest
-        && channel_bytes::<T>(geometry) * lanes <= BYTES
+    let bytes = channel_bytes::<T>(geometry) * simd::selected_lanes::<T>();
+    geometry.ow <= longest::<T>(geometry)[0]
+        && bytes <= BYTES[(geometry.conv.stride != [1, 1]) as usize]
         && is_direct(geometry, weight)
+}
+
+/// The longest rows of outputs of which this takes less time than the operations on planes: forward and input gradient;
+/// weight gradient. Time over theirs, forward and input gradient; weight gradient (Zen 4, one thread, 32 images):
+///
+/// | | 768 × 7 × 7 | 512 × 10 × 10 | 384 × 14 × 14 | 384 × 16 × 16 | 256 × 20 × 20 |
+/// |---|---|---|---|---|---|
+/// | AVX-512, K = 3 | | 0.9; 0.6 | 0.6; 0.5 | 1.2 to 1.3; 0.8 | 1.0 to 1.1; 0.8 |
+/// | 5 | | 0.9; 0.6 | 0.9; 0.8 | 1.2 to 1.3; 1.1 | 1.0; 0.9 |
+/// | 7 | | 0.3 to 0.5; 0.6 | 0.5; 1.0 | 0.8; 1.3 | 0.8; 1.1 |
+/// | 9 | | 0.3 to 0.5; 0.6 | 0.6; 1.0 | 0.8; 1.3 | 0.7; 0.9 |
+/// | AVX2, 3 | 0.2; 0.2 | 0.5; 0.6 | 0.5; 0.8 | 0.7; 1.0 | 0.7 to 0.8; 1.1 |
+/// | 5 | 0.1 to 0.2; 0.5 | 0.5; 0.7 | 0.5; 1.0 | 0.6; 1.4 | 0.6; 1.0 |
+/// | 7 | 0.2; 0.6 | 0.4; 1.1 | 0.5; 1.2 | 0.7; 1.6 | 0.7; 1.2 |
+/// | 9 | 0.2; 0.8 | 0.5; 1.2 to 1.6 | 0.6; 2.0 | 0.7; 2.0 | 0.7 to 0.8; 1.5 |
+///
+/// Rows of 24 and more take 0.9 to 1.6 times as long. With a stride of 2 no other operation loads neighbours with one
+/// instruction: 0.4 to 0.8, from 14 × 14 to 56 × 56. Vectors of four, without an instruction set: 0.6 to 1.0; 0.8 to 1.0
+/// at 7 × 7, 0.8; 1.2 to 1.3 at 10 × 10; with a stride of 2 0.8 to 1.4; 0.4 to 0.7 at 14 × 14.
+fn longest<T: Scalar>(geometry: &Geometry) -> [usize; 2] {
+    match (geometry.conv.stride, simd::selected_lanes::<T>(), geometry.conv.kw) {
+        ([2, 2], 8.., _) => [usize::MAX; 2],
+        (_, 16, 3 | 5) => [14, 14],
+        (_, 16, _) => [20, 12],
+        (_, 8, 3) => [20, 14],
+        (_, 8, 5) => [20, 10],
+        (_, 8, _) => [20, 8],
+        _ => [10, 8],
+    }
 }
 
 /// Bytes of a channel of what is read or written, whichever is more.
@@ -33,32 +57,16 @@ fn channel_bytes<T>(geometry: &Geometry) -> usize {
     geometry.input.plane().max(geometry.output().plane()) * size_of::<T>()
 }
 
-/// The most channels of a chunk, and bytes of its image.
+/// The most bytes of the image of a vector of channels, without a stride and with one: it lies in the first-level cache
+/// or in the second, with its result.
+const BYTES: [usize; 2] = [32 << 10, 256 << 10];
+/// The most channels of a chunk, if the first of those bytes hold its image.
 const CHUNK: usize = 64;
-const BYTES: usize = 16 << 10;
 
-/// The channels of a batch, chunk by chunk: whole vectors, but for the last one, which takes what is left.
-struct Chunks {
-    channels: usize,
-    chunk: usize,
-}
-
-impl Chunks {
-    fn new<T: Scalar>(geometry: &Geometry) -> Self {
-        let lanes = simd::selected_lanes::<T>();
-        // A vector or more, as `suits` says.
-        let chunk = (BYTES / channel_bytes::<T>(geometry)).min(CHUNK) / lanes * lanes;
-        Self { channels: geometry.input.c, chunk }
-    }
-
-    fn len(&self) -> usize {
-        (self.channels / self.chunk).max(1)
-    }
-
-    fn channels(&self, i: usize) -> Range<usize> {
-        let end = if i + 1 < self.len() { (i + 1) * self.chunk } else { self.channels };
-        i * self.chunk..end
-    }
+fn chunks_of<T: Scalar>(geometry: &Geometry) -> Chunks {
+    let lanes = simd::selected_lanes::<T>();
+    let chunk = (BYTES[0] / channel_bytes::<T>(geometry)).min(CHUNK) / lanes * lanes;
+    Chunks::new(geometry.input.c, chunk.max(lanes))
 }
 
 /// Some channels of image n, pixel by pixel.
@@ -76,10 +84,15 @@ fn to_pixels<T: Scalar>(
     to
 }
 
-/// Writes them back to planes.
+/// Where channels from `first` on of image n begin.
+fn planes_from<T>(planes: &[T], batch: Batch, n: usize, first: usize) -> *const T {
+    planes.as_ptr().wrapping_add((n * batch.c + first) * batch.plane())
+}
+
+/// Writes them back to planes, by way of the cache: in the order of memory.
 ///
 /// # Safety
-/// No other reference to these planes may live.
+/// As [`Planes::target`], for these channels of image n.
 unsafe fn to_planes<T: Scalar>(
     from: &[T],
     planes: &Planes<'_, T>,
@@ -87,20 +100,22 @@ unsafe fn to_planes<T: Scalar>(
     channels: &Range<usize>,
 ) {
     let (plane, c) = (planes.batch.plane(), channels.len());
+    let mut turned = Scratch::new(c * plane);
+    simd::dispatch(Transpose::gather((from, c), (&mut turned, plane), plane, c));
     // SAFETY: these planes are of image n; the caller vouches for the rest.
-    let job = unsafe {
+    let to = unsafe {
         let to = planes.image(n).add(channels.start * plane);
-        Transpose::gather_to((from, c), (to, plane), plane, c)
+        Target::streamed(std::slice::from_raw_parts_mut(to, turned.len()), planes.stream)
     };
-    simd::dispatch(job);
+    simd::dispatch(CopyOut { from: &turned, to });
 }
 
-/// Pixels of such a chunk.
-fn image<T>(pixels: &[T], batch: Batch, c: usize) -> Image<'_, T> {
-    Image::new(pixels, (batch.h, batch.w), c, 0..c)
+/// Pixels of such a chunk; what is read after them begins at `next`.
+fn image<T>(pixels: &[T], batch: Batch, c: usize, next: *const T) -> Image<'_, T> {
+    Image::new(pixels, (batch.h, batch.w), c, 0..c).before(next)
 }
 
-/// [`super::depthwise_forward`]
+/// [`super::depthwise_forward`]: a task is a chunk of channels of some images.
 pub(super) fn forward<T: Scalar>(
     geometry: &Geometry,
     x: &[T],
@@ -113,24 +128,26 @@ pub(super) fn forward<T: Scalar>(
     let (output, grid, kernel) = (geometry.output(), grid_of(&conv), conv.kh * conv.kw);
     let zeros = vec![T::ZERO; input.c];
     let bias = bias.unwrap_or(&zeros);
-    let chunks = Chunks::new::<T>(geometry);
-    let taps_of_chunk = |i| {
-        let Range { start, end } = chunks.channels(i);
-        taps_of(&weight[start * kernel..end * kernel], grid.kernel, &all(conv.kh), &all(conv.kw))
-    };
-    let taps: Vec<_> = (0..chunks.len()).map(taps_of_chunk).collect();
-    let planes = Planes::new(y, output);
-    parallel::for_each(threads, input.n * chunks.len(), |task| {
-        let (n, chunk) = (task / chunks.len(), task % chunks.len());
-        let (channels, taps) = (chunks.channels(chunk), &taps[chunk][..]);
-        let x = to_pixels(x, input, n, &channels);
-        let mut to = Scratch::<T>::new(output.plane() * channels.len());
-        // SAFETY: all of it.
-        let out = unsafe { places(&mut to, output, channels.len()) };
-        let (image, bias) = (image(&x, input, channels.len()), &bias[channels.clone()]);
-        simd::dispatch(pixels::Forward { image, grid, taps, bias, rows: 0..output.h, out });
-        // SAFETY: this task alone names these channels of image n.
-        unsafe { to_planes(&to, &planes, n, &channels) };
+    let chunks = chunks_of::<T>(geometry);
+    let groups = chunks.groups(input.n);
+    let planes = Planes::result(y, output);
+    parallel::for_each(threads, groups * chunks.len(), |task| {
+        let (group, chunk) = (task / chunks.len(), task % chunks.len());
+        let channels = chunks.channels(chunk);
+        let (c, bias) = (channels.len(), &bias[channels.clone()]);
+        let weight = &weight[channels.start * kernel..channels.end * kernel];
+        let taps = taps_of(weight, grid.kernel, &all(conv.kh), &all(conv.kw));
+        let mut to = Scratch::<T>::new(output.plane() * c);
+        for n in group * input.n / groups..(group + 1) * input.n / groups {
+            let next = planes_from(x, input, n + 1, channels.start);
+            let x = to_pixels(x, input, n, &channels);
+            // SAFETY: all of it.
+            let out = unsafe { places(&mut to, output, c) };
+            let (image, taps) = (image(&x, input, c, next), &taps[..]);
+            simd::dispatch(pixels::Forward { image, grid, taps, bias, rows: 0..output.h, out });
+            // SAFETY: this task alone names these channels of image n.
+            unsafe { to_planes(&to, &planes, n, &channels) };
+        }
     });
 }
 
@@ -157,51 +174,37 @@ pub(super) fn backward<T: Scalar>(
     let DepthwiseGradients { x: gx, weight: gweight, bias: gbias } = gradients;
     let Geometry { conv, input, .. } = *geometry;
     let (output, grid, kernel) = (geometry.output(), grid_of(&conv), conv.kh * conv.kw);
-    let [rows, columns] = [
-        Phase::all(input.h, conv.kh, conv.stride[0], conv.padding[0]),
-        Phase::all(input.w, conv.kw, conv.stride[1], conv.padding[2]),
-    ];
-    let lanes = simd::selected_lanes::<T>();
-    let chunks = Chunks::new::<T>(geometry);
-    let groups = input.n.min(SUMS.div_ceil(chunks.len()));
+    let chunks = chunks_of::<T>(geometry);
+    let groups = chunks.groups(input.n);
     let wanted = gweight.is_some() || gbias.is_some();
-    let sums = wanted && has_weight_gradient(geometry);
+    let sums = wanted && geometry.ow <= longest::<T>(geometry)[1];
     if !sums && gx.is_none() {
         return !wanted;
     }
-    // Of the last chunk, which is the largest.
-    let len = pixels::sums(grid.kernel, chunks.channels(chunks.len() - 1).len(), lanes);
-    let mut sum = vec![0.0; if sums { groups * chunks.len() * len } else { 0 }];
-    let of_chunks = Batch { n: groups, c: chunks.len(), h: 1, w: if sums { len } else { 0 } };
-    let sum_planes = Planes::new(&mut sum, of_chunks);
-    let gx = gx.map(|gx| Planes::new(gx, input));
+    let phases = Phase::both(geometry);
+    let mut tap_sums = TapSums::new::<T>(if sums { groups } else { 0 }, chunks, grid.kernel);
+    let sum_planes = sums.then(|| tap_sums.planes());
+    let gx = gx.map(|gx| Planes::result(gx, input));
     parallel::for_each(threads, groups * chunks.len(), |task| {
         let (group, chunk) = (task / chunks.len(), task % chunks.len());
         let channels = chunks.channels(chunk);
         let c = channels.len();
         let weight = &weight[channels.start * kernel..channels.end * kernel];
-        let phases: Vec<_> = rows
-            .iter()
-            .flat_map(|row| columns.iter().map(move |column| (row, column)))
-            .map(|(row, column)| {
-                (row, column, taps_of(weight, grid.kernel, &row.taps, &column.taps))
-            })
-            .collect();
+        let of_phases = gx.as_ref().map(|gx| (gx, Pixels::all(&phases, weight, grid.kernel)));
         let zeros = vec![T::ZERO; c];
+        let len = pixels::sums(grid.kernel, c, simd::selected_lanes::<T>());
         // SAFETY: this task alone names them.
-        let sum = unsafe { sum_planes.plane(group, chunk) };
-        let len = pixels::sums(grid.kernel, c, lanes);
-        let mut scratch = Scratch::new(if sums { len } else { 0 });
+        let mut sums = sum_planes
+            .as_ref()
+            .map(|planes| unsafe { (&mut planes.plane(group, chunk)[..len], Scratch::new(len)) });
         for n in group * input.n / groups..(group + 1) * input.n / groups {
+            let next = planes_from(grad, output, n + 1, channels.start);
             let grad = to_pixels(grad, output, n, &channels);
-            if let Some(gx) = &gx {
+            let grad = image(&grad, output, c, next);
+            if let Some((gx, of_phases)) = &of_phases {
                 let mut to = Scratch::<T>::new(input.plane() * c);
-                for (row, column, taps) in &phases {
-                    let grid = Grid {
-                        kernel: (row.taps.len(), column.taps.len()),
-                        stride: (1, 1),
-                        origin: (row.origin, column.origin),
-                    };
+                for of_phase in of_phases {
+                    let Pixels { row, column, taps } = of_phase;
                     let first = (row.first * input.w + column.first) * c;
                     let steps = (conv.stride[0] * input.w * c, conv.stride[1] * c);
                     // SAFETY: pixels of the image, of which nobody else knows.
@@ -209,35 +212,26 @@ pub(super) fn backward<T: Scalar>(
                         let count = (row.count, column.count);
                         Places::new(to.as_mut_ptr().add(first), steps, count, c)
                     };
-                    let (image, rows) = (image(&grad, output, c), 0..row.count);
+                    let (image, grid, rows) = (grad, of_phase.grid(), 0..row.count);
                     simd::dispatch(pixels::Forward { image, grid, taps, bias: &zeros, rows, out });
                 }
                 // SAFETY: this task alone names these channels of image n.
                 unsafe { to_planes(&to, gx, n, &channels) };
             }
-            if sums {
+            if let Some((sums, scratch)) = &mut sums {
+                let next = planes_from(x, input, n + 1, channels.start);
                 let x = to_pixels(x, input, n, &channels);
                 simd::dispatch(pixels::WeightGradient {
-                    image: image(&x, input, c),
+                    image: image(&x, input, c, next),
                     grid,
-                    grad: image(&grad, output, c),
+                    grad,
                     rows: 0..output.h,
                     taps: gweight.is_some(),
-                    sums: &mut sum[..len],
-                    scratch: &mut scratch,
+                    sums,
+                    scratch,
                 });
             }
         }
     });
-    if !sums {
-        return !wanted;
-    }
-    let of = |c: usize, tap: usize| {
-        let chunk = (c / chunks.chunk).min(chunks.len() - 1);
-        let channels = chunks.channels(chunk);
-        let at = pixels::place(c - channels.start, channels.len(), lanes, kernel, tap);
-        let of_group = |group: usize| sum[(group * chunks.len() + chunk) * len + at];
-        T::from_f64((0..groups).map(of_group).sum())
-    };
-    write_sums(input.c, kernel, of, gweight, gbias)
+    if sums { tap_sums.write(gweight, gbias) } else { !wanted }
 }
