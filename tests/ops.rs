@@ -525,6 +525,27 @@ fn xunits_match_the_reference() {
     });
 }
 
+/// Planes whose channels are worked off together, a vector or more of them, and what is left.
+#[test]
+fn xunits_of_small_planes_match_the_reference() {
+    on_every_isa("xunits_of_small_planes_match_the_reference", || {
+        let mut noise = Noise::new(13);
+        for kind in units() {
+            for k in [3, 5, 7, 9] {
+                let c = [8, 16, 17, 33, 40][noise.below(5)];
+                let dims = [1 + noise.below(3), c, 1 + noise.below(12), 1 + noise.below(20)];
+                let batch = Batch::new(&dims).unwrap();
+                if batch.n * batch.plane() > 1 {
+                    let (unit, x) = unit_and_input(&mut noise, batch, kind, k, k != 5);
+                    let grad = noise.array(x.raw_dim());
+                    let case = format!("{kind:?}, k {k}, {dims:?}");
+                    matches_reference::<f32>(&unit, &x, &grad, &case);
+                }
+            }
+        }
+    });
+}
+
 #[test]
 fn large_planes_keep_their_digits() {
     let mut noise = Noise::new(2);
@@ -601,8 +622,8 @@ fn nan_and_infinity_go_where_the_definition_sends_them() {
                 if training && bad.is_infinite() {
                     continue;
                 }
-                for k in [3, 5] {
-                    let batch = Batch::new(&[2, 3, 9, 21]).unwrap();
+                for (k, dims) in [(3, [2, 3, 9, 21]), (5, [2, 3, 9, 21]), (3, [2, 19, 5, 7])] {
+                    let batch = Batch::new(&dims).unwrap();
                     let (unit, mut x) = unit_and_input(&mut noise, batch, kind, k, true);
                     let mut grad = noise.array(x.raw_dim());
                     let case = format!("{bad} in x, {kind:?}, k {k}");
@@ -667,7 +688,7 @@ fn xunits_have_the_same_bits_at_every_thread_count() {
     let mut noise = Noise::new(8);
     // Fewer and more images than the partial sums of the pointwise weight; fewer and more channels
     // than threads, and than groups of channels.
-    for batch in [[1, 5, 17, 23], [3, 2, 9, 33], [19, 3, 6, 7], [2, 19, 33, 29]] {
+    for batch in [[1, 5, 17, 23], [3, 2, 9, 33], [19, 3, 6, 7], [2, 19, 33, 29], [3, 37, 7, 6]] {
         let batch = Batch::new(&batch).unwrap();
         for kind in units() {
             let unit = unit(&mut noise, batch.c, kind, 5, true);

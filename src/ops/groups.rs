@@ -53,6 +53,11 @@ impl Groups {
         (groups.len() >= threads).then_some(groups)
     }
 
+    /// Of so many channels.
+    pub(super) fn of(batch: Batch, channels: usize) -> Self {
+        Self { batch, channels }
+    }
+
     pub(super) fn len(&self) -> usize {
         self.batch.c.div_ceil(self.channels)
     }

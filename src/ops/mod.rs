@@ -122,6 +122,23 @@ impl<'a, T> Planes<'a, T> {
         }
     }
 
+    /// The planes of some channels of image n.
+    ///
+    /// # Safety
+    /// No other reference to the same planes may live.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn planes(&self, n: usize, channels: &Range<usize>) -> &mut [T] {
+        let (start, plane) = (channels.start.wrapping_sub(self.first), self.batch.plane());
+        assert!(
+            n < self.batch.n && start <= self.batch.c && channels.len() <= self.batch.c - start
+        );
+        // SAFETY: they are inside the tensor, whose length `group` checks; the caller vouches for exclusivity.
+        unsafe {
+            let first = self.ptr.add((n * self.batch.c + start) * plane);
+            std::slice::from_raw_parts_mut(first, channels.len() * plane)
+        }
+    }
+
     /// [`Planes::pixels`], for [`crate::parallel::for_each`] to end before anybody reads them.
     ///
     /// # Safety

@@ -69,19 +69,24 @@ fn chunks_of<T: Scalar>(geometry: &Geometry) -> Chunks {
     Chunks::new(geometry.input.c, chunk.max(lanes))
 }
 
-/// Some channels of image n, pixel by pixel.
-fn to_pixels<T: Scalar>(
-    planes: &[T],
-    batch: Batch,
-    n: usize,
-    channels: &Range<usize>,
-) -> Scratch<T> {
-    let (plane, c) = (batch.plane(), channels.len());
-    let from = &planes[(n * batch.c + channels.start) * plane..][..c * plane];
-    let mut to = Scratch::new(plane * c);
+/// Planes of so many elements, one after the other, pixel by pixel.
+pub(super) fn to_pixels<T: Scalar>(planes: &[T], plane: usize) -> Scratch<T> {
+    let c = planes.len() / plane;
+    let mut to = Scratch::new(planes.len());
     // SAFETY: the target has as many pixels of as many channels.
-    simd::dispatch(unsafe { Transpose::scatter((from, plane), (to.as_mut_ptr(), c), plane, c) });
+    simd::dispatch(unsafe { Transpose::scatter((planes, plane), (to.as_mut_ptr(), c), plane, c) });
     to
+}
+
+/// The other way.
+pub(super) fn from_pixels<T: Scalar>(pixels: &[T], planes: &mut [T], plane: usize) {
+    let c = planes.len() / plane;
+    simd::dispatch(Transpose::gather((pixels, c), (planes, plane), plane, c));
+}
+
+/// Some channels of image n.
+fn chunk_of<'a, T>(planes: &'a [T], batch: Batch, n: usize, channels: &Range<usize>) -> &'a [T] {
+    &planes[(n * batch.c + channels.start) * batch.plane()..][..channels.len() * batch.plane()]
 }
 
 /// Where channels from `first` on of image n begin.
@@ -99,19 +104,16 @@ unsafe fn to_planes<T: Scalar>(
     n: usize,
     channels: &Range<usize>,
 ) {
-    let (plane, c) = (planes.batch.plane(), channels.len());
-    let mut turned = Scratch::new(c * plane);
-    simd::dispatch(Transpose::gather((from, c), (&mut turned, plane), plane, c));
-    // SAFETY: these planes are of image n; the caller vouches for the rest.
-    let to = unsafe {
-        let to = planes.image(n).add(channels.start * plane);
-        Target::streamed(std::slice::from_raw_parts_mut(to, turned.len()), planes.stream)
-    };
+    let plane = planes.batch.plane();
+    let mut turned = Scratch::new(channels.len() * plane);
+    from_pixels(from, &mut turned, plane);
+    // SAFETY: the caller's promise.
+    let to = unsafe { Target::streamed(planes.planes(n, channels), planes.stream) };
     simd::dispatch(CopyOut { from: &turned, to });
 }
 
 /// Pixels of such a chunk; what is read after them begins at `next`.
-fn image<T>(pixels: &[T], batch: Batch, c: usize, next: *const T) -> Image<'_, T> {
+pub(super) fn image<T>(pixels: &[T], batch: Batch, c: usize, next: *const T) -> Image<'_, T> {
     Image::new(pixels, (batch.h, batch.w), c, 0..c).before(next)
 }
 
@@ -140,7 +142,7 @@ pub(super) fn forward<T: Scalar>(
         let mut to = Scratch::<T>::new(output.plane() * c);
         for n in group * input.n / groups..(group + 1) * input.n / groups {
             let next = planes_from(x, input, n + 1, channels.start);
-            let x = to_pixels(x, input, n, &channels);
+            let x = to_pixels(chunk_of(x, input, n, &channels), input.plane());
             // SAFETY: all of it.
             let out = unsafe { places(&mut to, output, c) };
             let (image, taps) = (image(&x, input, c, next), &taps[..]);
@@ -155,7 +157,7 @@ pub(super) fn forward<T: Scalar>(
 ///
 /// # Safety
 /// It must have as many; no other reference may live.
-unsafe fn places<T: Scalar>(to: &mut [T], batch: Batch, c: usize) -> Places<'_, T> {
+pub(super) unsafe fn places<T: Scalar>(to: &mut [T], batch: Batch, c: usize) -> Places<'_, T> {
     // SAFETY: the caller's promise.
     unsafe { Places::new(to.as_mut_ptr(), (batch.w * c, c), (batch.h, batch.w), c) }
 }
@@ -199,7 +201,7 @@ pub(super) fn backward<T: Scalar>(
             .map(|planes| unsafe { (&mut planes.plane(group, chunk)[..len], Scratch::new(len)) });
         for n in group * input.n / groups..(group + 1) * input.n / groups {
             let next = planes_from(grad, output, n + 1, channels.start);
-            let grad = to_pixels(grad, output, n, &channels);
+            let grad = to_pixels(chunk_of(grad, output, n, &channels), output.plane());
             let grad = image(&grad, output, c, next);
             if let Some((gx, of_phases)) = &of_phases {
                 let mut to = Scratch::<T>::new(input.plane() * c);
@@ -220,7 +222,7 @@ pub(super) fn backward<T: Scalar>(
             }
             if let Some((sums, scratch)) = &mut sums {
                 let next = planes_from(x, input, n + 1, channels.start);
-                let x = to_pixels(x, input, n, &channels);
+                let x = to_pixels(chunk_of(x, input, n, &channels), input.plane());
                 simd::dispatch(pixels::WeightGradient {
                     image: image(&x, input, c, next),
                     grid,

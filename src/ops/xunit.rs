@@ -4,10 +4,12 @@
 //! of its output, gate. Only x and d (and for the dense unit the pointwise product p) are kept for
 //! backward, which recomputes ReLU, batch norm and gate from them.
 
+mod small;
+
 use std::ops::Range;
 
 use super::dense;
-use super::groups::{self, Groups, Layout};
+use super::groups::{self, Layout};
 use super::pointwise::{Past, Pointwise};
 use super::scratch::{Scratch, Window};
 use super::strips::Strips;
@@ -258,7 +260,9 @@ pub fn xunit_forward<T: Scalar>(
     let threads = threads.for_work(batch.size() * (unit.kernel * unit.kernel + POINTWISE_WORK));
     let awaits = |norm: &Option<Norm<'_, T>>| norm.is_some_and(|norm| norm.stats.is_none());
     let keeps = p.is_some() || d.is_some() || awaits(&unit.norm1) || awaits(&unit.norm2);
-    if let (Some(pointwise), Layout::Planes, false) = (&unit.pointwise, layout, keeps) {
+    let is_small = small::suits(&geometry, unit.weight);
+    let is_tiled = layout == Layout::Planes && !keeps && !is_small;
+    if let (Some(pointwise), true) = (&unit.pointwise, is_tiled) {
         let (x, out) = (Source::new(x, batch), Planes::result(out, batch));
         dense::forward(unit, pointwise, x, &out, threads);
         return Ok(());
@@ -278,33 +282,32 @@ pub fn xunit_forward<T: Scalar>(
     let mut stats = vec![0.0; 4 * batch.c];
     let out_planes = Planes::result(out, batch);
     let stats_planes = Planes::new(&mut stats, Batch { n: 1, c: batch.c, h: 1, w: 4 });
-    let task = Forward { unit, geometry, p, d: d.map(|d| Planes::new(d, batch)) };
-    let each_channel = |x: &[T], out: &Planes<'_, T>| {
-        parallel::for_each(threads, batch.c, |c| {
-            // SAFETY: this task alone names channel c.
-            unsafe { task.channel(c, Source::new(x, batch), out, stats_planes.plane(0, c)) };
+    let task = Forward { unit, geometry, is_small, p, d: d.map(|d| Planes::new(d, batch)) };
+    let chunks = small::chunks::<T>(batch, is_small);
+    let each_chunk = |x: &[T], out: &Planes<'_, T>| {
+        parallel::for_each(threads, chunks.len(), |i| {
+            let x = Source::new(x, batch);
+            // SAFETY: this task alone names these channels.
+            unsafe { task.each(chunks.channels(i), x, out, &stats_planes) };
         });
     };
-    match (layout, Groups::new::<T>(batch, threads)) {
-        (Layout::Planes, _) => each_channel(x, &out_planes),
+    match (layout, small::groups::<T>(batch, is_small, threads)) {
+        (Layout::Planes, _) => each_chunk(x, &out_planes),
         (Layout::ChannelsLast, Some(groups)) => parallel::for_each(threads, groups.len(), |i| {
             let (first, group) = groups.group(i);
             let x = groups.gather(x, i);
             let mut out = Scratch::new(group.size());
             let planes = Planes::group(&mut out, group, first);
-            for c in first..first + group.c {
-                // SAFETY: this task alone names channel c, and `planes` are its own.
-                unsafe {
-                    task.channel(c, groups.source(&x, i), &planes, stats_planes.plane(0, c));
-                }
-            }
+            let (channels, x) = (first..first + group.c, groups.source(&x, i));
+            // SAFETY: this task alone names these channels, and `planes` are its own.
+            unsafe { task.each(channels, x, &planes, &stats_planes) };
             // SAFETY: this task alone names these channels.
             unsafe { groups.scatter(&out, &out_planes, i) };
         }),
         (Layout::ChannelsLast, None) => {
             let x = groups::to_planes(batch, x, threads);
             let mut out = memory::filled(batch.size(), T::ZERO);
-            each_channel(&x, &Planes::new(&mut out, batch));
+            each_chunk(&x, &Planes::new(&mut out, batch));
             groups::from_planes(&out, &out_planes, threads);
         }
     }
@@ -321,44 +324,50 @@ pub fn xunit_forward<T: Scalar>(
 struct Forward<'a, T> {
     unit: &'a XUnit<'a, T>,
     geometry: Geometry,
+    /// Whether planes are, so that channels are worked off together.
+    is_small: bool,
     p: Option<Source<'a, T>>,
     d: Option<Planes<'a, T>>,
 }
 
 impl<T: Scalar> Forward<'_, T> {
+    /// [`Forward::channel`] of each, or [`Forward::channels`], where they are a vector or more.
+    ///
+    /// # Safety
+    /// As there.
+    unsafe fn each(
+        &self,
+        channels: Range<usize>,
+        x: Source<'_, T>,
+        out: &Planes<'_, T>,
+        stats: &Planes<'_, f64>,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if self.is_small && channels.len() >= simd::selected_lanes::<T>() {
+                return self.channels(channels, x, out, stats);
+            }
+            for c in channels {
+                self.channel(c, x, out, stats.plane(0, c));
+            }
+        }
+    }
+
     /// All planes of channel c, from x to out; leaves mean and variance of both norms in `stats`.
     ///
     /// # Safety
     /// No other task may name the channel of d and out meanwhile.
     unsafe fn channel(&self, c: usize, x: Source<'_, T>, out: &Planes<'_, T>, stats: &mut [f64]) {
-        let Self { unit, geometry, p, d } = self;
+        let Self { unit, geometry, p, d, .. } = self;
         let (batch, taps) = (geometry.input, unit.kernel * unit.kernel);
         let u = p.unwrap_or(x);
         // Without statistics of d to wait for, each strip is gated as soon as it is convolved.
         let waits = unit.norm2.is_some_and(|norm| norm.stats.is_none());
-        let first = match &unit.norm1 {
-            Some(norm) if norm.stats.is_none() => {
-                let mut statistics = Statistics::default();
-                (0..batch.n).for_each(|n| statistics.add(u.plane(n, c)));
-                (stats[0], stats[1]) = (statistics.mean(), statistics.var());
-                Channel::new(norm, c, stats[0], stats[1])
-            }
-            norm => Channel::given(norm.as_ref(), c),
-        };
+        let first = self.first(u, c, stats);
         let relu_of = (unit.variant != Variant::Slim).then_some(first.affine);
         let weight = unit.weight[c * taps..][..taps].to_vec();
         let bias = unit.bias.map_or(T::ZERO, |bias| bias[c]);
         let given = (!waits).then(|| Channel::given(unit.norm2.as_ref(), c));
-        let gate = |n: usize, pixels: Range<usize>, d: &[T], channel: &Channel<T>| {
-            simd::dispatch(Apply {
-                gate: unit.gate,
-                x: &x.plane(n, c)[pixels.clone()],
-                d,
-                affine: channel.affine,
-                // SAFETY: this task alone names channel c; d is in another tensor.
-                out: unsafe { out.target(n, c, pixels) },
-            });
-        };
         let mut strips = Strips::new(geometry, weight, bias, relu_of);
         let strip = strips.rows();
         let keeps = waits || d.is_some();
@@ -377,25 +386,83 @@ impl<T: Scalar> Forward<'_, T> {
                 };
                 strips.run(y, plane, next, Target::new(&mut *d), CopyOut::default());
                 match given {
-                    Some(channel) => gate(n, pixels, d, &channel),
+                    // SAFETY: this task alone names channel c; d is in another tensor.
+                    Some(channel) => unsafe { self.gate((n, c), pixels, x, d, &channel, out) },
                     None => statistics.add(d),
                 }
             }
         }
-        if let (None, Some(norm)) = (given, &unit.norm2) {
-            (stats[2], stats[3]) = (statistics.mean(), statistics.var());
-            let channel = Channel::new(norm, c, stats[2], stats[3]);
-            let mut copy = Scratch::new(if d.is_some() { 0 } else { batch.plane() });
-            for n in 0..batch.n {
-                match d {
-                    // SAFETY: this task alone names channel c.
-                    Some(d) => gate(n, 0..batch.plane(), unsafe { d.plane(n, c) }, &channel),
+        if waits {
+            // SAFETY: the caller's promise.
+            unsafe { self.gate_all(c, &statistics, x, out, stats) };
+        }
+    }
+
+    /// Norm 1, of whose batch statistics, if it uses them, mean and variance are left in `stats`.
+    fn first(&self, u: Source<'_, T>, c: usize, stats: &mut [f64]) -> Channel<T> {
+        match &self.unit.norm1 {
+            Some(norm) if norm.stats.is_none() => {
+                let mut statistics = Statistics::default();
+                (0..u.batch.n).for_each(|n| statistics.add(u.plane(n, c)));
+                (stats[0], stats[1]) = (statistics.mean(), statistics.var());
+                Channel::new(norm, c, stats[0], stats[1])
+            }
+            norm => Channel::given(norm.as_ref(), c),
+        }
+    }
+
+    /// Some pixels of x past the gate, of d by `channel`, to those of out.
+    ///
+    /// # Safety
+    /// No other reference to them may live.
+    unsafe fn gate(
+        &self,
+        (n, c): (usize, usize),
+        pixels: Range<usize>,
+        x: Source<'_, T>,
+        d: &[T],
+        channel: &Channel<T>,
+        out: &Planes<'_, T>,
+    ) {
+        simd::dispatch(Apply {
+            gate: self.unit.gate,
+            x: &x.plane(n, c)[pixels.clone()],
+            d,
+            affine: channel.affine,
+            // SAFETY: the caller's promise.
+            out: unsafe { out.target(n, c, pixels) },
+        });
+    }
+
+    /// All planes of channel c past the gate, where norm 2 has waited for the statistics of d, which are left in
+    /// `stats`.
+    ///
+    /// # Safety
+    /// As [`Forward::channel`].
+    unsafe fn gate_all(
+        &self,
+        c: usize,
+        statistics: &Statistics,
+        x: Source<'_, T>,
+        out: &Planes<'_, T>,
+        stats: &mut [f64],
+    ) {
+        let Some(norm) = &self.unit.norm2 else { return };
+        let plane = self.geometry.input.plane();
+        (stats[2], stats[3]) = (statistics.mean(), statistics.var());
+        let channel = Channel::new(norm, c, stats[2], stats[3]);
+        let mut copy = Scratch::new(if self.d.is_some() { 0 } else { plane });
+        for n in 0..self.geometry.input.n {
+            // SAFETY: the caller's promise; d is in another tensor, or copied before the output is written.
+            unsafe {
+                let d = match &self.d {
+                    Some(d) => &*d.plane(n, c),
                     None => {
-                        // SAFETY: as above; copied before the output is written.
-                        copy.copy_from_slice(unsafe { out.plane(n, c) });
-                        gate(n, 0..batch.plane(), &copy, &channel);
+                        copy.copy_from_slice(out.plane(n, c));
+                        &copy
                     }
-                }
+                };
+                self.gate((n, c), 0..plane, x, d, &channel, out);
             }
         }
     }
@@ -444,33 +511,33 @@ pub fn xunit_backward<T: Scalar>(
         if in_place { Planes::new(&mut *gx, batch) } else { Planes::result(&mut *gx, batch) };
     let sum_planes = Planes::new(&mut sums, Batch { n: 1, c: batch.c, h: 1, w: width });
     let [d, p] = [d, p].map(|tensor| tensor.map(|tensor| Source::new(tensor, batch)));
-    let task = Backward { unit, geometry, d, p };
-    let each_channel = |grad: &[T], x: &[T], gx: &Planes<'_, T>| {
+    let is_small = small::suits(&geometry, unit.weight);
+    let task = Backward { unit, geometry, is_small, d, p };
+    let chunks = small::chunks::<T>(batch, is_small);
+    let each_chunk = |grad: &[T], x: &[T], gx: &Planes<'_, T>| {
         let (grad, x) = (Source::new(grad, batch), Source::new(x, batch));
-        parallel::for_each(threads, batch.c, |c| {
-            // SAFETY: this task alone names channel c.
-            unsafe { task.channel(c, grad, x, gx, sum_planes.plane(0, c)) };
+        parallel::for_each(threads, chunks.len(), |i| {
+            // SAFETY: this task alone names these channels.
+            unsafe { task.each(chunks.channels(i), grad, x, gx, &sum_planes) };
         });
     };
-    match (layout, Groups::new::<T>(batch, threads)) {
-        (Layout::Planes, _) => each_channel(grad, x, &gx_planes),
+    match (layout, small::groups::<T>(batch, is_small, threads)) {
+        (Layout::Planes, _) => each_chunk(grad, x, &gx_planes),
         (Layout::ChannelsLast, Some(groups)) => parallel::for_each(threads, groups.len(), |i| {
             let (first, group) = groups.group(i);
             let (grad, x) = (groups.gather(grad, i), groups.gather(x, i));
             let (grad, x) = (groups.source(&grad, i), groups.source(&x, i));
             let mut gx = Scratch::new(group.size());
             let planes = Planes::group(&mut gx, group, first);
-            for c in first..first + group.c {
-                // SAFETY: this task alone names channel c, and `planes` are its own.
-                unsafe { task.channel(c, grad, x, &planes, sum_planes.plane(0, c)) };
-            }
+            // SAFETY: this task alone names these channels, and `planes` are its own.
+            unsafe { task.each(first..first + group.c, grad, x, &planes, &sum_planes) };
             // SAFETY: this task alone names these channels.
             unsafe { groups.scatter(&gx, &gx_planes, i) };
         }),
         (Layout::ChannelsLast, None) => {
             let [grad, x] = [grad, x].map(|tensor| groups::to_planes(batch, tensor, threads));
             let mut gx = memory::filled(batch.size(), T::ZERO);
-            each_channel(&grad, &x, &Planes::new(&mut gx, batch));
+            each_chunk(&grad, &x, &Planes::new(&mut gx, batch));
             groups::from_planes(&gx, &gx_planes, threads);
         }
     }
@@ -510,12 +577,37 @@ pub fn xunit_backward<T: Scalar>(
 struct Backward<'a, T> {
     unit: &'a XUnit<'a, T>,
     geometry: Geometry,
+    /// As in [`Forward`].
+    is_small: bool,
     /// As [`XUnitSaved`] has them.
     d: Option<Source<'a, T>>,
     p: Option<Source<'a, T>>,
 }
 
 impl<T: Scalar> Backward<'_, T> {
+    /// [`Backward::channel`] of each, or [`Backward::channels`], where they are a vector or more.
+    ///
+    /// # Safety
+    /// As there.
+    unsafe fn each<'s>(
+        &'s self,
+        channels: Range<usize>,
+        grad: Source<'s, T>,
+        x: Source<'s, T>,
+        gx: &'s Planes<'_, T>,
+        sums: &Planes<'_, f64>,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if self.is_small && channels.len() >= simd::selected_lanes::<T>() {
+                return self.channels(channels, grad, x, gx, sums);
+            }
+            for c in channels {
+                self.channel(c, grad, x, gx, sums.plane(0, c));
+            }
+        }
+    }
+
     /// All planes of channel c, from grad to gx (dense: to the gradient at p, in its place); leaves the
     /// gradients of the taps, and those that [`xunit_backward`] lists, in `sums`.
     ///
@@ -529,21 +621,14 @@ impl<T: Scalar> Backward<'_, T> {
         gx: &'s Planes<'_, T>,
         sums: &mut [f64],
     ) {
-        let Self { unit, geometry, d, p } = self;
+        let Self { unit, geometry, .. } = self;
         let (batch, k, taps) = (geometry.input, unit.kernel, unit.kernel * unit.kernel);
         let count = (batch.n * batch.plane()) as f64;
         let (waits1, waits2) = (is_training(&unit.norm1), is_training(&unit.norm2));
         let dense = unit.pointwise.is_some();
-        let (d, u) = (*d, if dense { *p } else { Some(x) });
-        // Pixels of plane (n, c) of what is saved. Where it lies in gx, each is read before it is written.
-        let saved = |source: Option<Source<'s, T>>, n: usize, pixels: Range<usize>| match source {
-            Some(source) => &source.plane(n, c)[pixels],
-            // SAFETY: this task alone names channel c, and no other reference to these pixels lives.
-            None => unsafe { &*gx.pixels(n, c, pixels) },
-        };
         let (sum_weight, sum) = sums.split_at_mut(taps);
-        let first = Channel::given(unit.norm1.as_ref(), c);
-        let second = Channel::given(unit.norm2.as_ref(), c);
+        // SAFETY: the caller's promise.
+        let channel = unsafe { ChannelGradient::new(self, c, grad, x, gx) };
         let weight = turned(&unit.weight[c * taps..][..taps]);
         let weight = conv::Taps::of_padded(weight, (k, k), batch.h);
         // The gradients on their way to u and, past the gate, to x, where they are added up: of one image, or
@@ -553,42 +638,16 @@ impl<T: Scalar> Backward<'_, T> {
         let mut on_its_way = Scratch::new(images * size);
         let mut direct = Scratch::new(if dense { 0 } else { images * size });
         let at = |n: usize| n.min(images - 1) * size..(n.min(images - 1) + 1) * size;
-        let gate_gradient = |n: usize, sum: &mut [f64], e: &mut [T], direct: &mut [T]| {
-            let tensors = |n| [grad.plane(n, c), x.plane(n, c), saved(d, n, 0..size)];
-            // Of the image that comes after this one.
-            let after = if waits2 { n + 1 } else { n.wrapping_sub(1) };
-            let next = tensors(if after < batch.n { after } else { n }).map(<[T]>::as_ptr);
-            let [grad, x, d] = tensors(n);
-            let (bias, scale) = simd::dispatch(GateGradient {
-                gate: unit.gate,
-                grad,
-                x,
-                d,
-                affine: second.affine,
-                direct: (!dense).then(|| Target::new(direct)),
-                e,
-                next,
-            });
-            sum[4] += bias;
-            sum[3] += scale;
-        };
         let direct_at = |n: usize| if dense { 0..0 } else { at(n) };
         if waits2 {
             for n in 0..batch.n {
-                gate_gradient(n, sum, &mut on_its_way[at(n)], &mut direct[direct_at(n)]);
+                let next = (if n + 1 < batch.n { n + 1 } else { n }, c);
+                channel.gate(n, next, sum, &mut on_its_way[at(n)], &mut direct[direct_at(n)]);
             }
         }
-        let norm2 = second.gradient(waits2.then_some(count), [sum[4], sum[3]]);
-        let norm1 = first.gradient(None, [0.0; 2]);
-        let relu_of = (unit.variant != Variant::Slim).then_some(first.affine);
-        // The gradient at u, finished by norm 1, goes on to x: directly or through the product.
-        let finish = |norm: NormGradient<T>, n, pixels: Range<usize>, gu: &[T], direct: &[T]| {
-            let direct = direct.get(at(n)).map(|direct| &direct[pixels.clone()]);
-            let x = u.map(|u| &u.plane(n, c)[pixels.clone()]);
-            // SAFETY: this task alone names channel c.
-            let out = unsafe { gx.target(n, c, pixels) };
-            simd::dispatch(Finish { norm, x, grad: gu, direct, out })
-        };
+        let norm2 = channel.second.gradient(waits2.then_some(count), [sum[4], sum[3]]);
+        let norm1 = channel.first.gradient(None, [0.0; 2]);
+        let relu_of = (unit.variant != Variant::Slim).then_some(channel.first.affine);
         let mut input = Window::new(geometry);
         let mut output = Window::new(geometry);
         let (ld, strip) = (input.ld, input.strip(geometry));
@@ -596,20 +655,21 @@ impl<T: Scalar> Backward<'_, T> {
         // Back from the last image: where all have just been read, the cache holds more of the last ones.
         for n in (0..batch.n).rev() {
             if !waits2 {
-                gate_gradient(n, sum, &mut on_its_way[at(n)], &mut direct[direct_at(n)]);
+                let next = (n.saturating_sub(1), c);
+                channel.gate(n, next, sum, &mut on_its_way[at(n)], &mut direct[direct_at(n)]);
             }
             let e = &mut on_its_way[at(n)];
             for y in (0..batch.h).step_by(strip) {
                 let end = (y + strip).min(batch.h);
                 let pixels = y * batch.w..end * batch.w;
                 // All above is in the window or done with.
-                input.slide_over(y..end + k - 1, (saved(u, n, y * batch.w..size), y), relu_of);
+                input.slide_over(y..end + k - 1, (channel.u(n, y * batch.w..size), y), relu_of);
                 output.slide(y..end + k - 1, |rows, padded, origin| {
                     let pixels = rows.start * batch.w..rows.end * batch.w;
                     sum[0] += simd::dispatch(FillGradient {
                         norm: norm2,
                         grad: &e[pixels.clone()],
-                        d: saved(d, n, pixels),
+                        d: channel.d(n, pixels),
                         width: batch.w,
                         padded,
                         ld,
@@ -640,25 +700,139 @@ impl<T: Scalar> Backward<'_, T> {
                     next: &[],
                     copy: CopyOut::default(),
                 });
-                if relu_of.is_some() {
-                    let (x, affine) = (saved(u, n, pixels.clone()), first.affine);
-                    let (bias, scale) = simd::dispatch(ReluGradient { x, affine, grad: &mut *gu });
-                    sum[2] += bias;
-                    sum[1] += scale;
-                }
+                channel.rectify(n, pixels.clone(), sum, gu);
                 if !waits1 {
-                    sum[5] += finish(norm1, n, pixels, gu, &direct);
+                    let direct = direct.get(at(n)).map(|direct| &direct[pixels.clone()]);
+                    sum[5] += channel.finish(norm1, n, pixels, gu, direct);
                 }
             }
         }
-        let norm1 = first.gradient(waits1.then_some(count), [sum[2], sum[1]]);
         if waits1 {
+            let norm1 = channel.first.gradient(Some(count), [sum[2], sum[1]]);
             for n in 0..batch.n {
-                sum[5] += finish(norm1, n, 0..size, &on_its_way[at(n)], &direct);
+                sum[5] += channel.finish(norm1, n, 0..size, &on_its_way[at(n)], direct.get(at(n)));
             }
         }
-        sum[1] = first.normalised([sum[2], sum[1]]);
-        sum[3] = second.normalised([sum[4], sum[3]]);
+        channel.normalise(sum);
+    }
+}
+
+/// A channel of [`xunit_backward`]. Its sums are those that follow the taps'.
+struct ChannelGradient<'a, T> {
+    gate: Gate,
+    rectifies: bool,
+    c: usize,
+    grad: Source<'a, T>,
+    x: Source<'a, T>,
+    /// What the depthwise convolution has taken, before norm 1, and what it has made; `None`: it is in `gx`.
+    u: Option<Source<'a, T>>,
+    d: Option<Source<'a, T>>,
+    gx: &'a Planes<'a, T>,
+    first: Channel<T>,
+    second: Channel<T>,
+}
+
+impl<'a, T: Scalar> ChannelGradient<'a, T> {
+    /// # Safety
+    /// As [`Backward::channel`], as long as this lives.
+    unsafe fn new(
+        backward: &'a Backward<'_, T>,
+        c: usize,
+        grad: Source<'a, T>,
+        x: Source<'a, T>,
+        gx: &'a Planes<'_, T>,
+    ) -> Self {
+        let Backward { unit, d, p, .. } = backward;
+        Self {
+            gate: unit.gate,
+            rectifies: unit.variant != Variant::Slim,
+            c,
+            grad,
+            x,
+            u: if unit.pointwise.is_some() { *p } else { Some(x) },
+            d: *d,
+            gx,
+            first: Channel::given(unit.norm1.as_ref(), c),
+            second: Channel::given(unit.norm2.as_ref(), c),
+        }
+    }
+
+    /// Pixels of image n of what is saved. Where it lies in gx, each is read before it is written.
+    fn saved(&self, source: Option<Source<'a, T>>, n: usize, pixels: Range<usize>) -> &[T] {
+        match source {
+            Some(source) => &source.plane(n, self.c)[pixels],
+            // SAFETY: this task alone names channel c, and no other reference to these pixels lives.
+            None => unsafe { &*self.gx.pixels(n, self.c, pixels) },
+        }
+    }
+
+    /// Where plane (n, c) of it is.
+    fn saved_at(&self, source: Option<Source<'a, T>>, n: usize, c: usize) -> *const T {
+        match source {
+            Some(source) => source.plane(n, c).as_ptr(),
+            None => {
+                let Planes { batch, first, .. } = *self.gx;
+                self.gx.image(n).wrapping_add((c - first) * batch.plane())
+            }
+        }
+    }
+
+    fn u(&self, n: usize, pixels: Range<usize>) -> &[T] {
+        self.saved(self.u, n, pixels)
+    }
+
+    fn d(&self, n: usize, pixels: Range<usize>) -> &[T] {
+        self.saved(self.d, n, pixels)
+    }
+
+    /// The gradients of image n at the gate's argument and, unless `direct` is empty, past the gate. Plane `next`
+    /// comes after it.
+    fn gate(&self, n: usize, next: (usize, usize), sum: &mut [f64], e: &mut [T], direct: &mut [T]) {
+        let (plane, (next, c)) = (0..e.len(), next);
+        let d = self.saved_at(self.d, next, c);
+        let (bias, scale) = simd::dispatch(GateGradient {
+            gate: self.gate,
+            grad: self.grad.plane(n, self.c),
+            x: self.x.plane(n, self.c),
+            d: self.d(n, plane),
+            affine: self.second.affine,
+            direct: (!direct.is_empty()).then(|| Target::new(direct)),
+            e,
+            next: [self.grad.plane(next, c).as_ptr(), self.x.plane(next, c).as_ptr(), d],
+        });
+        sum[4] += bias;
+        sum[3] += scale;
+    }
+
+    /// The gradient past the ReLU, in the place of that at its result.
+    fn rectify(&self, n: usize, pixels: Range<usize>, sum: &mut [f64], grad: &mut [T]) {
+        if self.rectifies {
+            let (x, affine) = (self.u(n, pixels), self.first.affine);
+            let (bias, scale) = simd::dispatch(ReluGradient { x, affine, grad });
+            sum[2] += bias;
+            sum[1] += scale;
+        }
+    }
+
+    /// The gradient at u, finished by norm 1, goes on to x: directly or through the product. Returns its sum.
+    fn finish(
+        &self,
+        norm: NormGradient<T>,
+        n: usize,
+        pixels: Range<usize>,
+        grad: &[T],
+        direct: Option<&[T]>,
+    ) -> f64 {
+        let x = self.u.map(|u| &u.plane(n, self.c)[pixels.clone()]);
+        // SAFETY: this task alone names channel c.
+        let out = unsafe { self.gx.target(n, self.c, pixels) };
+        simd::dispatch(Finish { norm, x, grad, direct, out })
+    }
+
+    /// The sums of what is centred become those of what is normalised.
+    fn normalise(&self, sum: &mut [f64]) {
+        sum[1] = self.first.normalised([sum[2], sum[1]]);
+        sum[3] = self.second.normalised([sum[4], sum[3]]);
     }
 }
 

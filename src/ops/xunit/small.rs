@@ -1,0 +1,257 @@
+//! The units of small planes: a task makes the passes over some channels, whose convolutions go by way of channels_last,
+//! as [`crate::ops::small`] says.
+
+use std::ops::Range;
+
+use super::{Backward, Channel, ChannelGradient, Forward, Statistics, Variant, is_training};
+use crate::kernels::activation::{Affine, Fill, FillGradient};
+use crate::kernels::pixels::{self, Grid};
+use crate::ops::groups::Groups;
+use crate::ops::pixels::{Chunks, grid_of, taps_of};
+use crate::ops::scratch::Scratch;
+use crate::ops::small::{from_pixels, image, places, to_pixels};
+use crate::ops::{Planes, Source};
+use crate::parallel::Threads;
+use crate::shape::Batch;
+use crate::simd::{self, Scalar};
+
+pub(super) use crate::ops::small::suits;
+
+/// The tasks: single channels, or where planes are small those of a vector.
+pub(super) fn chunks<T: Scalar>(batch: Batch, is_small: bool) -> Chunks {
+    Chunks::new(batch.c, if is_small { simd::selected_lanes::<T>() } else { 1 })
+}
+
+/// The same of tensors in channels_last; None if they do not come out even, as whole tensors do in planes.
+pub(super) fn groups<T: Scalar>(batch: Batch, is_small: bool, threads: Threads) -> Option<Groups> {
+    let lanes = simd::selected_lanes::<T>();
+    match is_small {
+        true => batch.c.is_multiple_of(lanes).then(|| Groups::of(batch, lanes)),
+        false => Groups::new::<T>(batch, threads),
+    }
+}
+
+/// Some channels of the unit's convolution, or of its transpose.
+struct Convolution<T> {
+    batch: Batch,
+    grid: Grid,
+    taps: Scratch<T>,
+    bias: Vec<T>,
+}
+
+impl<T: Scalar> Convolution<T> {
+    /// By the taps of these channels, turned by 180° if they go `back`.
+    fn new(batch: Batch, grid: Grid, weight: &[T], bias: Vec<T>, back: bool) -> Self {
+        let k = grid.kernel.0;
+        let order: Vec<_> = if back { (0..k).rev().collect() } else { (0..k).collect() };
+        Self { batch, grid, taps: taps_of(weight, grid.kernel, &order, &order), bias }
+    }
+
+    /// The planes of an image, from its pixels; what is read after them begins at `next`.
+    fn run(&self, from: &[T], planes: &mut [T], next: *const T) {
+        let Self { batch, grid, ref taps, ref bias } = *self;
+        let c = bias.len();
+        let mut to = Scratch::<T>::new(from.len());
+        // SAFETY: all of it.
+        let out = unsafe { places(&mut to, batch, c) };
+        let (image, rows) = (image(from, batch, c, next), 0..batch.h);
+        simd::dispatch(pixels::Forward { image, grid, taps, bias, rows, out });
+        from_pixels(&to, planes, batch.plane());
+    }
+}
+
+/// The pixels of some planes that lie one after the other, or of what a ReLU makes of them.
+fn pixels_of<T: Scalar>(planes: &[T], plane: usize, relu_of: Option<&[Affine<T>]>) -> Scratch<T> {
+    let Some(relu_of) = relu_of else {
+        return to_pixels(planes, plane);
+    };
+    let mut mapped = Scratch::new(planes.len());
+    for (i, (from, &affine)) in planes.chunks_exact(plane).zip(relu_of).enumerate() {
+        simd::dispatch(Fill {
+            plane: from,
+            width: plane,
+            relu_of: Some(affine),
+            padded: &mut mapped,
+            ld: plane,
+            origin: i * plane,
+        });
+    }
+    to_pixels(&mapped, plane)
+}
+
+impl<T: Scalar> Forward<'_, T> {
+    /// As [`Forward::channel`], of channels as many as a vector has lanes, or more.
+    ///
+    /// # Safety
+    /// As there, for these channels; `stats` has a channel for each.
+    pub(super) unsafe fn channels(
+        &self,
+        channels: Range<usize>,
+        x: Source<'_, T>,
+        out: &Planes<'_, T>,
+        stats: &Planes<'_, f64>,
+    ) {
+        let Self { unit, geometry, p, d, .. } = self;
+        let (batch, plane, taps) =
+            (geometry.input, geometry.input.plane(), unit.kernel * unit.kernel);
+        let (u, start, count) = (p.unwrap_or(x), channels.start, channels.len());
+        let waits = unit.norm2.is_some_and(|norm| norm.stats.is_none());
+        // SAFETY: this task alone names these channels.
+        let stats = |c: usize| unsafe { stats.plane(0, c) };
+        let first: Vec<_> = channels.clone().map(|c| self.first(u, c, stats(c)).affine).collect();
+        let relu_of = (unit.variant != Variant::Slim).then_some(&first[..]);
+        let given = |c: usize| Channel::given(unit.norm2.as_ref(), c);
+        let given: Option<Vec<_>> = (!waits).then(|| channels.clone().map(given).collect());
+        let weight = &unit.weight[start * taps..channels.end * taps];
+        let bias = channels.clone().map(|c| unit.bias.map_or(T::ZERO, |bias| bias[c])).collect();
+        let convolution = Convolution::new(batch, grid_of(&geometry.conv), weight, bias, false);
+        let mut of_image = Scratch::new(count * plane);
+        let mut statistics: Vec<_> = channels.clone().map(|_| Statistics::default()).collect();
+        for n in 0..batch.n {
+            let pixels = pixels_of(&u.planes_from(n, start)[..count * plane], plane, relu_of);
+            let next = u.planes_from((n + 1).min(batch.n - 1), start).as_ptr();
+            convolution.run(&pixels, &mut of_image, next);
+            for (i, of_channel) in of_image.chunks_exact(plane).enumerate() {
+                let c = start + i;
+                // Where d is not kept but its statistics are awaited, it waits in the output.
+                if let Some(kept) = d.as_ref().or(waits.then_some(out)) {
+                    // SAFETY: this task alone names channel c.
+                    unsafe { kept.plane(n, c) }.copy_from_slice(of_channel);
+                }
+                match &given {
+                    // SAFETY: as above.
+                    Some(given) => unsafe {
+                        self.gate((n, c), 0..plane, x, of_channel, &given[i], out);
+                    },
+                    None => statistics[i].add(of_channel),
+                }
+            }
+        }
+        if waits {
+            for (c, statistics) in channels.zip(&statistics) {
+                // SAFETY: as above.
+                unsafe { self.gate_all(c, statistics, x, out, stats(c)) };
+            }
+        }
+    }
+}
+
+impl<T: Scalar> Backward<'_, T> {
+    /// As [`Backward::channel`], of channels as many as a vector has lanes, or more.
+    ///
+    /// # Safety
+    /// As there, for these channels; `sums` has a channel of zeros for each.
+    pub(super) unsafe fn channels<'s>(
+        &'s self,
+        channels: Range<usize>,
+        grad: Source<'s, T>,
+        x: Source<'s, T>,
+        gx: &'s Planes<'_, T>,
+        sums: &Planes<'_, f64>,
+    ) {
+        let Self { unit, geometry, .. } = self;
+        let (batch, plane, taps) =
+            (geometry.input, geometry.input.plane(), unit.kernel * unit.kernel);
+        let waits1 = is_training(&unit.norm1);
+        let (start, count, lanes) = (channels.start, channels.len(), simd::selected_lanes::<T>());
+        let of = |norm| is_training(norm).then_some((batch.n * plane) as f64);
+        // SAFETY: this task alone names these channels.
+        let (all, sums) = unsafe {
+            let all = channels.clone().map(|c| ChannelGradient::new(self, c, grad, x, gx));
+            (all.collect::<Vec<_>>(), |i: usize| sums.plane(0, start + i))
+        };
+        // The gradients on their way to u and, past the gate, to x, as in `channel`, image by image.
+        let mut on_its_way = Scratch::new(batch.n * count * plane);
+        let mut direct = Scratch::new(if unit.pointwise.is_some() { 0 } else { on_its_way.len() });
+        let at = |n: usize, i: usize| (n * count + i) * plane..(n * count + i + 1) * plane;
+        for n in 0..batch.n {
+            for (i, channel) in all.iter().enumerate() {
+                let next = match (i + 1 < count, n + 1 < batch.n) {
+                    (true, _) => (n, start + i + 1),
+                    (false, true) => (n + 1, start),
+                    (false, false) => (n, start + i),
+                };
+                let direct = direct.get_mut(at(n, i)).unwrap_or_default();
+                channel.gate(n, next, &mut sums(i)[taps..], &mut on_its_way[at(n, i)], direct);
+            }
+        }
+        // Where a gradient is not finite, it is NaN in the padding of weights' gradients, which only planes have.
+        let are_finite = |i| sums(i)[taps..].iter().all(|sum| sum.is_finite());
+        if !(0..count).all(are_finite) {
+            for (i, c) in channels.enumerate() {
+                sums(i).fill(0.0);
+                // SAFETY: the caller's promise; nothing has been written where anything is saved.
+                unsafe { self.channel(c, grad, x, gx, sums(i)) };
+            }
+            return;
+        }
+        let norm2 = |(i, channel): (usize, &ChannelGradient<'_, T>)| {
+            channel.second.gradient(of(&unit.norm2), [sums(i)[taps + 4], sums(i)[taps + 3]])
+        };
+        let norms2: Vec<_> = all.iter().enumerate().map(norm2).collect();
+        let rectified: Vec<_> = all.iter().map(|channel| channel.first.affine).collect();
+        let relu_of = (unit.variant != Variant::Slim).then_some(&rectified[..]);
+        let grid = grid_of(&geometry.conv);
+        let weight = &unit.weight[start * taps..channels.end * taps];
+        let convolution = Convolution::new(batch, grid, weight, vec![T::ZERO; count], true);
+        let len = pixels::sums(grid.kernel, count, lanes);
+        let (mut sums_of_taps, mut scratch) = (vec![0.0; len], Scratch::new(len));
+        let mut at_d = Scratch::new(count * plane);
+        for n in (0..batch.n).rev() {
+            for (i, channel) in all.iter().enumerate() {
+                sums(i)[taps] += simd::dispatch(FillGradient {
+                    norm: norms2[i],
+                    grad: &on_its_way[at(n, i)],
+                    d: channel.d(n, 0..plane),
+                    width: plane,
+                    padded: &mut at_d,
+                    ld: plane,
+                    origin: i * plane,
+                });
+            }
+            let at_d = to_pixels(&at_d, plane);
+            let u = match all[0].u {
+                Some(u) => &u.planes_from(n, start)[..count * plane],
+                // SAFETY: this task alone names these channels, and no other reference to them lives.
+                None => unsafe { &*gx.planes(n, &channels) },
+            };
+            let u = pixels_of(u, plane, relu_of);
+            let after = n.saturating_sub(1);
+            let next = |saved| all[0].saved_at(saved, after, start);
+            simd::dispatch(pixels::WeightGradient {
+                image: image(&u, batch, count, next(all[0].u)),
+                grid,
+                grad: image(&at_d, batch, count, next(all[0].d)),
+                rows: 0..batch.h,
+                taps: true,
+                sums: &mut sums_of_taps,
+                scratch: &mut scratch,
+            });
+            let of_image = at(n, 0).start..at(n, count).start;
+            convolution.run(&at_d, &mut on_its_way[of_image], at_d.as_ptr());
+            for (i, channel) in all.iter().enumerate() {
+                let sum = &mut sums(i)[taps..];
+                channel.rectify(n, 0..plane, sum, &mut on_its_way[at(n, i)]);
+                if !waits1 {
+                    let norm1 = channel.first.gradient(None, [0.0; 2]);
+                    let (grad, direct) = (&on_its_way[at(n, i)], direct.get(at(n, i)));
+                    sum[5] += channel.finish(norm1, n, 0..plane, grad, direct);
+                }
+            }
+        }
+        for (i, channel) in all.iter().enumerate() {
+            let (of_taps, sum) = sums(i).split_at_mut(taps);
+            let first = pixels::place(i, count, lanes, taps, 0);
+            let found = sums_of_taps[first..].iter().step_by(lanes);
+            of_taps.iter_mut().zip(found).for_each(|(to, &sum)| *to = sum);
+            if waits1 {
+                let norm1 = channel.first.gradient(of(&unit.norm1), [sum[2], sum[1]]);
+                for n in 0..batch.n {
+                    let (grad, direct) = (&on_its_way[at(n, i)], direct.get(at(n, i)));
+                    sum[5] += channel.finish(norm1, n, 0..plane, grad, direct);
+                }
+            }
+            channel.normalise(sum);
+        }
+    }
+}
