@@ -1,5 +1,5 @@
-//! Forward of the dense unit where no statistics are awaited and nothing is kept for backward: tile by
-//! tile, so that its pointwise output stays in a cache.
+//! Forward of the dense unit where no statistics are awaited, nothing is kept for backward and planes are not small:
+//! tile by tile, so that its pointwise output stays in a cache.
 
 use std::ops::Range;
 

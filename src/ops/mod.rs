@@ -4,7 +4,7 @@
 //! The task is a channel: all its planes in a fixed order on one thread, so that every sum has one
 //! order whatever the thread count, and the planes of a channel stay in cache from one pass to the
 //! next. But where channels are mixed or lie next to each other, and nothing is added up over planes, it is a
-//! tile of all channels, and where planes are small some channels of an image.
+//! tile of all channels, and where planes are small some channels, of some images or of all.
 
 mod channels_last;
 mod dense;

@@ -163,7 +163,7 @@ pub(super) unsafe fn places<T: Scalar>(to: &mut [T], batch: Batch, c: usize) -> 
 }
 
 /// [`super::depthwise_backward`]: a task is a chunk of channels of some images. Returns whether the gradients that were
-/// asked for are all made: those to weight and bias not where there are no kernels, or where `grad` is not finite and
+/// asked for are all made: those to weight and bias not where others take less time, or where `grad` is not finite and
 /// they would be NaN in the padding.
 pub(super) fn backward<T: Scalar>(
     geometry: &Geometry,

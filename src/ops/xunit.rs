@@ -1,7 +1,7 @@
 //! The three xUnits, fused: forward and backward, training and evaluation.
 //!
-//! A channel task makes three passes over its planes: statistics, convolution with the statistics
-//! of its output, gate. Only x and d (and for the dense unit the pointwise product p) are kept for
+//! A task makes three passes over the planes of a channel, or of some if they are small: statistics,
+//! convolution with the statistics of its output, gate. Only x and d (and for the dense unit the pointwise product p) are kept for
 //! backward, which recomputes ReLU, batch norm and gate from them.
 
 mod small;
@@ -261,6 +261,7 @@ pub fn xunit_forward<T: Scalar>(
     let awaits = |norm: &Option<Norm<'_, T>>| norm.is_some_and(|norm| norm.stats.is_none());
     let keeps = p.is_some() || d.is_some() || awaits(&unit.norm1) || awaits(&unit.norm2);
     let is_small = small::suits(&geometry, unit.weight);
+    // Small planes are not: then it would be other sums than where d and p are kept.
     let is_tiled = layout == Layout::Planes && !keeps && !is_small;
     if let (Some(pointwise), true) = (&unit.pointwise, is_tiled) {
         let (x, out) = (Source::new(x, batch), Planes::result(out, batch));
@@ -331,7 +332,7 @@ struct Forward<'a, T> {
 }
 
 impl<T: Scalar> Forward<'_, T> {
-    /// [`Forward::channel`] of each, or [`Forward::channels`], where they are a vector or more.
+    /// [`Forward::channel`] of each, or [`Forward::channels`].
     ///
     /// # Safety
     /// As there.
@@ -344,7 +345,7 @@ impl<T: Scalar> Forward<'_, T> {
     ) {
         // SAFETY: the caller's promise.
         unsafe {
-            if self.is_small && channels.len() >= simd::selected_lanes::<T>() {
+            if self.is_small {
                 return self.channels(channels, x, out, stats);
             }
             for c in channels {
@@ -585,7 +586,7 @@ struct Backward<'a, T> {
 }
 
 impl<T: Scalar> Backward<'_, T> {
-    /// [`Backward::channel`] of each, or [`Backward::channels`], where they are a vector or more.
+    /// [`Backward::channel`] of each, or [`Backward::channels`].
     ///
     /// # Safety
     /// As there.
@@ -599,7 +600,7 @@ impl<T: Scalar> Backward<'_, T> {
     ) {
         // SAFETY: the caller's promise.
         unsafe {
-            if self.is_small && channels.len() >= simd::selected_lanes::<T>() {
+            if self.is_small {
                 return self.channels(channels, grad, x, gx, sums);
             }
             for c in channels {
