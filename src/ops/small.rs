@@ -37,12 +37,16 @@ pub(super) fn suits<T: Scalar>(geometry: &Geometry, weight: &[T]) -> bool {
 /// | 7 | 0.2; 0.6 | 0.4; 1.1 | 0.5; 1.2 | 0.7; 1.6 | 0.7; 1.2 |
 /// | 9 | 0.2; 0.8 | 0.5; 1.2 to 1.6 | 0.6; 2.0 | 0.7; 2.0 | 0.7 to 0.8; 1.5 |
 ///
-/// Rows of 24 and more take 0.9 to 1.6 times as long. With a stride of 2 no other operation loads neighbours with one
-/// instruction: 0.4 to 0.8, from 14 × 14 to 56 × 56. Vectors of four, without an instruction set: 0.6 to 1.0; 0.8 to 1.0
+/// Rows of 24 and more take 0.9 to 1.6 times as long. With a stride of 2 planes are split into phases: AVX-512 0.4 to
+/// 0.9 from 14 × 14 to 60 × 60, but 0.8 to 1.5 and 0.8 to 1.9 at 32 × 32 and 64 × 64, where planes fall on the same lines
+/// of the cache and all vectors of outputs are full; AVX2 0.3 to 1.0 from 14 × 14 to 40 × 40, 1.0 to 1.6 at 32 × 32, 48 ×
+/// 48, 64 × 64 and 80 × 80. Vectors of four, without an instruction set: 0.6 to 1.0; 0.8 to 1.0
 /// at 7 × 7, 0.8; 1.2 to 1.3 at 10 × 10; with a stride of 2 0.8 to 1.4; 0.4 to 0.7 at 14 × 14.
 fn longest<T: Scalar>(geometry: &Geometry) -> [usize; 2] {
     match (geometry.conv.stride, simd::selected_lanes::<T>(), geometry.conv.kw) {
-        ([2, 2], 8.., _) => [usize::MAX; 2],
+        ([2, 2], 8.., _) if geometry.ow.is_multiple_of(16) => [0, 0],
+        ([2, 2], 16, _) => [usize::MAX; 2],
+        ([2, 2], 8, _) => [20, 20],
         (_, 16, 3 | 5) => [14, 14],
         (_, 16, _) => [20, 12],
         (_, 8, 3) => [20, 14],
