@@ -525,7 +525,7 @@ assert any(p.grad.abs().max() > 0 for p in single[1].parameters())
 dist.barrier()
 dist.destroy_process_group()
 print("equal", flush=True)
-# Else a thread of gloo's that is still there may abort the process at its end, one time in tens.
+# Else a thread of gloo's that is still there may abort the process at its end, as it has once.
 os._exit(0)
 """
 
