@@ -6,8 +6,8 @@
 //! nothing is copied, padded or laid out anew, and memory is read and written in order. Time over that by
 //! [`super::conv`]'s blocks, which are copied (Xeon, one thread, 64 × 64 and 56 × 56): forward 0.57 to 0.66 of K = 3,
 //! 0.53 to 0.6 of 5, 0.7 of 7, 0.77 of 9; input gradient 0.5 to 0.7; weight gradient 0.54 to 0.64 of 3, 0.6 to 0.8 of
-//! 5, the same of 7. That of 9 takes 1.1 to 1.2 times as long with a stride of 1, as rows come from the second-level cache once
-//! for each row of taps: it is for images that the first-level cache holds.
+//! 5, the same of 7. That of 9 takes 1.1 to 1.2 times as long with a stride of 1, as rows come from the second-level
+//! cache once for each row of taps: it is for images that the first-level cache holds.
 
 use std::ops::Range;
 

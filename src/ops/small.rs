@@ -30,8 +30,8 @@ pub(super) fn suits<T: Scalar>(geometry: &Geometry, weight: &[T]) -> bool {
 /// |---|---|---|---|---|---|
 /// | AVX-512, K = 3 | | 0.9; 0.6 | 0.6; 0.5 | 1.2 to 1.3; 0.8 | 1.0 to 1.1; 0.8 |
 /// | 5 | | 0.9; 0.6 | 0.9; 0.8 | 1.2 to 1.3; 1.1 | 1.0; 0.9 |
-/// | 7 | | 0.3 to 0.5; 0.6 | 0.5; 1.0 | 0.8; 1.3 | 0.8; 1.1 |
-/// | 9 | | 0.3 to 0.5; 0.6 | 0.6; 1.0 | 0.8; 1.3 | 0.7; 0.9 |
+/// | 7 | | 0.4 to 0.5; 0.6 | 0.5; 1.0 | 0.8; 1.3 | 0.8; 1.1 |
+/// | 9 | | 0.4 to 0.5; 0.6 | 0.6; 1.0 | 0.8; 1.3 | 0.7; 0.9 |
 /// | AVX2, 3 | 0.2; 0.2 | 0.5; 0.6 | 0.5; 0.8 | 0.7; 1.0 | 0.7 to 0.8; 1.1 |
 /// | 5 | 0.1 to 0.2; 0.5 | 0.5; 0.7 | 0.5; 1.0 | 0.6; 1.4 | 0.6; 1.0 |
 /// | 7 | 0.2; 0.6 | 0.4; 1.1 | 0.5; 1.2 | 0.7; 1.6 | 0.7; 1.2 |
@@ -40,8 +40,8 @@ pub(super) fn suits<T: Scalar>(geometry: &Geometry, weight: &[T]) -> bool {
 /// Rows of 24 and more take 0.9 to 1.6 times as long. With a stride of 2 planes are split into phases: AVX-512 0.4 to
 /// 0.9 from 14 × 14 to 60 × 60, but 0.8 to 1.5 and 0.8 to 1.9 at 32 × 32 and 64 × 64, where planes fall on the same lines
 /// of the cache and all vectors of outputs are full; AVX2 0.3 to 1.0 from 14 × 14 to 40 × 40, 1.0 to 1.6 at 32 × 32, 48 ×
-/// 48, 64 × 64 and 80 × 80. Vectors of four, without an instruction set: 0.6 to 1.0; 0.8 to 1.0
-/// at 7 × 7, 0.8; 1.2 to 1.3 at 10 × 10; with a stride of 2 0.8 to 1.4; 0.4 to 0.7 at 14 × 14.
+/// 48, 64 × 64 and 80 × 80. Vectors of four, without an instruction set: 0.6 to 1.0; 0.8 to 1.0 at 7 × 7, 0.8; 1.2 to 1.3
+/// at 10 × 10; with a stride of 2 0.8 to 1.4; 0.4 to 0.7 at 14 × 14.
 fn longest<T: Scalar>(geometry: &Geometry) -> [usize; 2] {
     match (geometry.conv.stride, simd::selected_lanes::<T>(), geometry.conv.kw) {
         ([2, 2], 8.., _) if geometry.ow.is_multiple_of(16) => [0, 0],
@@ -98,7 +98,7 @@ fn planes_from<T>(planes: &[T], batch: Batch, n: usize, first: usize) -> *const 
     planes.as_ptr().wrapping_add((n * batch.c + first) * batch.plane())
 }
 
-/// Writes them back to planes, by way of the cache: in the order of memory.
+/// Writes the pixels of some channels back to planes: turned in the cache, then in the order of memory.
 ///
 /// # Safety
 /// As [`Planes::target`], for these channels of image n.

@@ -7,7 +7,7 @@ use super::{Backward, Channel, ChannelGradient, Forward, Statistics, Variant, is
 use crate::kernels::activation::{Affine, Fill, FillGradient};
 use crate::kernels::pixels::{self, Grid};
 use crate::ops::groups::Groups;
-use crate::ops::pixels::{Chunks, grid_of, taps_of};
+use crate::ops::pixels::{Chunks, all, grid_of, taps_of};
 use crate::ops::scratch::Scratch;
 use crate::ops::small::{self, from_pixels, image, places, to_pixels};
 use crate::ops::{Planes, Source};
@@ -62,8 +62,10 @@ struct Convolution<T> {
 impl<T: Scalar> Convolution<T> {
     /// By the taps of these channels, turned by 180° if they go `back`.
     fn new(batch: Batch, grid: Grid, weight: &[T], bias: Vec<T>, back: bool) -> Self {
-        let k = grid.kernel.0;
-        let order: Vec<_> = if back { (0..k).rev().collect() } else { (0..k).collect() };
+        let mut order = all(grid.kernel.0);
+        if back {
+            order.reverse();
+        }
         Self { batch, grid, taps: taps_of(weight, grid.kernel, &order, &order), bias }
     }
 
@@ -133,7 +135,8 @@ impl<T: Scalar> Forward<'_, T> {
             convolution.run(&pixels, &mut of_image, next);
             for (i, of_channel) in of_image.chunks_exact(plane).enumerate() {
                 let c = start + i;
-                // Where d is not kept but its statistics are awaited, it waits in the output.
+                // Where d is not kept but its statistics are awaited, it waits in the output. Copied, as pixels are turned
+                // in the cache: see `to_planes`.
                 if let Some(kept) = d.as_ref().or(waits.then_some(out)) {
                     // SAFETY: this task alone names channel c.
                     unsafe { kept.plane(n, c) }.copy_from_slice(of_channel);
