@@ -551,6 +551,38 @@ fn xunits_of_small_planes_match_the_reference() {
     });
 }
 
+/// The main paths of convolutions and units, as small as can be: what Miri has the time for.
+#[test]
+fn tiny_tensors() {
+    on_every_isa("tiny_tensors", || {
+        let mut noise = Noise::new(81);
+        let lanes = simd::selected_lanes::<f32>();
+        for (k, stride, dims, layout) in [
+            (3, 1, [1, 1, 3, lanes + 3], Layout::Planes),
+            (3, 2, [1, 1, 3, lanes + 3], Layout::Planes),
+            (7, 1, [1, 1, 2, lanes + 1], Layout::Planes),
+            (3, 1, [2, lanes + 1, 2, 3], Layout::Planes),
+            (5, 2, [1, lanes + 1, 3, 2], Layout::ChannelsLast),
+            (3, 1, [1, 1, 2, 2], Layout::ChannelsLast),
+        ] {
+            let conv = Conv { stride: [stride; 2], ..Conv::same(k).unwrap() };
+            let geometry = Geometry::new(Batch::new(&dims).unwrap(), conv).unwrap();
+            depthwise_in::<f32>(layout, &geometry, &mut noise, false);
+        }
+        for (variant, first, dims) in [
+            (Variant::Full, Mode::Training, [1, 2, 3, 5]),
+            (Variant::Slim, Mode::None, [1, 4 * lanes.max(8), 2, 2]),
+            (Variant::Dense, Mode::Evaluation, [2, 2, 2, 5]),
+        ] {
+            let kind = (variant, Gate::Gaussian, [first, Mode::Training]);
+            let batch = Batch::new(&dims).unwrap();
+            let (unit, x) = unit_and_input(&mut noise, batch, kind, 3, true);
+            let grad = noise.array(x.raw_dim());
+            matches_reference::<f32>(&unit, &x, &grad, &format!("{kind:?}"));
+        }
+    });
+}
+
 #[test]
 fn large_planes_keep_their_digits() {
     let mut noise = Noise::new(2);
@@ -998,12 +1030,15 @@ fn xunits_evaluate_in_channels_last() {
                 let high = if kind.0 == Variant::Dense && [3, 9].contains(&k) { 100 } else { 20 };
                 let large = (2, lanes, high + noise.below(30), 97 + noise.below(110));
                 let small = (1, 3 * lanes, 1 + noise.below(9), 1 + noise.below(20));
-                for (n, c, h, w) in [(1, lanes, 1, 1), small, large] {
+                // Several bands of a task.
+                let banded = kind.0 != Variant::Dense && kind.1 == Gate::Sigmoid && k == 3;
+                let many = banded.then_some((16, 64, 21, 50));
+                for (n, c, h, w) in [(1, lanes, 1, 1), small, large].into_iter().chain(many) {
                     let batch = Batch::new(&[n, c, h, w]).unwrap();
                     let biases = noise.below(3) > 0;
                     let twin = unit(&mut noise, c, kind, k, biases);
                     let mut x = noise.vec(batch.size());
-                    if kind.0 == Variant::Slim && [5, 9].contains(&k) {
+                    if kind.0 != Variant::Dense && [5, 9].contains(&k) {
                         noise.spoil(&mut x);
                     }
                     let x = Array4::from_shape_vec(batch.dims(), x).unwrap();

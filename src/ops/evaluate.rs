@@ -1,8 +1,12 @@
 //! xUnits in evaluation of tensors in channels_last (N, H, W, C): in blocks of as many channels as a
 //! vector has lanes, in which the depthwise convolution takes whole vectors and the gate follows it in
-//! registers.
+//! registers. Where it is faster, by way of [`direct`].
+
+mod direct;
 
 use std::ops::Range;
+
+use direct::Direct;
 
 use super::pointwise::Pointwise;
 use super::scratch::Scratch;
@@ -131,6 +135,10 @@ pub fn xunit_evaluate_channels_last(
         return Err(shape_error!("channels_last is for evaluation: batch norm needs statistics"));
     }
     let threads = threads.for_work(batch.size() * (unit.kernel * unit.kernel + POINTWISE_WORK));
+    if let Some(direct) = Direct::new(unit, batch) {
+        direct.run(x, out, threads);
+        return Ok(());
+    }
     let weights = unit.pointwise.as_ref().map(|own| pointwise(unit, own, c));
     let of_block = |c| match block(unit, c, lanes) {
         weights if h < LEAST_FILTERED => weights,

@@ -43,7 +43,7 @@ const CHUNK: usize = 64;
 const IMAGE_BYTES: usize = 512 << 10;
 
 /// The most channels of a task that reads images of this shape row by row.
-fn chunk_of<T>(image: Batch) -> usize {
+pub(super) fn chunk_of<T>(image: Batch) -> usize {
     let whole = image.c * image.plane() * size_of::<T>() <= IMAGE_BYTES;
     if whole { image.c.max(CHUNK) } else { CHUNK }
 }
@@ -83,16 +83,21 @@ impl Chunks {
 
 /// The split into tasks: rows of an image, a chunk of channels.
 #[derive(Clone, Copy)]
-struct Tasks {
+pub(super) struct Tasks {
     images: usize,
     rows: usize,
     strips: usize,
-    chunks: Chunks,
+    pub(super) chunks: Chunks,
 }
 
 impl Tasks {
     /// Of chunks of so many channels, or less, if there are not enough tasks.
-    fn new<T: Scalar>(images: usize, rows: usize, channels: usize, chunk: usize) -> Self {
+    pub(super) fn new<T: Scalar>(
+        images: usize,
+        rows: usize,
+        channels: usize,
+        chunk: usize,
+    ) -> Self {
         let lanes = simd::selected_lanes::<T>();
         let mut chunks = Chunks::new(channels, chunk);
         let strips = |chunks: Chunks| TASKS.div_ceil(images * chunks.len()).min(rows / ROWS).max(1);
@@ -102,12 +107,12 @@ impl Tasks {
         Self { images, rows, strips: strips(chunks), chunks }
     }
 
-    fn count(&self) -> usize {
+    pub(super) fn count(&self) -> usize {
         self.images * self.strips * self.chunks.len()
     }
 
     /// Image, rows and channels.
-    fn task(&self, task: usize) -> (usize, Range<usize>, Range<usize>) {
+    pub(super) fn task(&self, task: usize) -> (usize, Range<usize>, Range<usize>) {
         let (strip, chunk) = (task / self.chunks.len(), task % self.chunks.len());
         let (rows, channels) = (self.strip(strip % self.strips), self.chunks.channels(chunk));
         (strip / self.strips, rows, channels)
