@@ -139,7 +139,7 @@ impl DerefMut for Aligned {
 /// that fresh memory takes goes by the page. An xUnit's forward of 1 × 64 × 512 × 512, k = 7, takes 43 ms
 /// with it and 82 without (Zen 4).
 pub(crate) fn huge_pages(data: *mut u8, bytes: usize) {
-    #[cfg(target_os = "linux")]
+    #[cfg(all(target_os = "linux", not(miri)))]
     {
         let skipped = data.align_offset(PAGE);
         if bytes >= skipped + PAGE {
@@ -150,14 +150,14 @@ pub(crate) fn huge_pages(data: *mut u8, bytes: usize) {
             }
         }
     }
-    #[cfg(not(target_os = "linux"))]
+    #[cfg(any(not(target_os = "linux"), miri))]
     let _ = (data, bytes);
 }
 
 /// Whether there are pages behind so many bytes, as a page in their middle tells; where there are none, the first
 /// to write finds them cleared, and in the cache. False where the system does not tell.
 pub(crate) fn is_resident(data: *const u8, bytes: usize) -> bool {
-    #[cfg(target_os = "linux")]
+    #[cfg(all(target_os = "linux", not(miri)))]
     {
         // A multiple of the size of any system's pages.
         const UNIT: usize = 64 << 10;
@@ -167,7 +167,7 @@ pub(crate) fn is_resident(data: *const u8, bytes: usize) -> bool {
         // SAFETY: it writes one byte, for the one page; where there is no memory, it says so.
         unsafe { libc::mincore(page.cast_mut().cast(), 1, &mut found) == 0 && found & 1 == 1 }
     }
-    #[cfg(not(target_os = "linux"))]
+    #[cfg(any(not(target_os = "linux"), miri))]
     {
         let _ = (data, bytes);
         false

@@ -136,7 +136,7 @@ pub(crate) fn vectors_are_lines() -> bool {
 
 /// After [`Simd::stream`]s of this thread: what they wrote may be read, by any thread.
 pub fn fence() {
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
     // SAFETY: every x86-64 CPU has the instruction.
     unsafe {
         std::arch::x86_64::_mm_sfence();
@@ -567,7 +567,7 @@ impl<I: RtenIsa, const TILE_VECTORS: usize> Simd<f32> for F32<I, TILE_VECTORS> {
         // SAFETY: the mask is set for the first `n` lanes alone, which the caller vouches for.
         unsafe { self.0.f32().store_ptr_mask(x, ptr, self.first(n)) }
     }
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
     #[inline(always)]
     unsafe fn stream(self, x: I::F32, ptr: *mut f32) {
         use std::arch::x86_64::{_mm256_stream_ps, _mm512_stream_ps};

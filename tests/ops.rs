@@ -563,6 +563,8 @@ fn tiny_tensors() {
             (7, 1, [1, 1, 2, lanes + 1], Layout::Planes),
             (3, 1, [2, lanes + 1, 2, 3], Layout::Planes),
             (5, 2, [1, lanes + 1, 3, 2], Layout::ChannelsLast),
+            // Tiles of a side and of none.
+            (3, 1, [1, lanes, 2, 17], Layout::ChannelsLast),
             (3, 1, [1, 1, 2, 2], Layout::ChannelsLast),
         ] {
             let conv = Conv { stride: [stride; 2], ..Conv::same(k).unwrap() };
@@ -579,6 +581,12 @@ fn tiny_tensors() {
             let (unit, x) = unit_and_input(&mut noise, batch, kind, 3, true);
             let grad = noise.array(x.raw_dim());
             matches_reference::<f32>(&unit, &x, &grad, &format!("{kind:?}"));
+        }
+        for variant in [Variant::Full, Variant::Slim] {
+            let first = if variant == Variant::Slim { Mode::None } else { Mode::Evaluation };
+            let kind = (variant, Gate::Gaussian, [first, Mode::Evaluation]);
+            let batch = Batch::new(&[1, 2 * lanes, 2, 3]).unwrap();
+            evaluates(&mut noise, kind, 3, batch, false);
         }
     });
 }
@@ -1030,39 +1038,45 @@ fn xunits_evaluate_in_channels_last() {
                 let high = if kind.0 == Variant::Dense && [3, 9].contains(&k) { 100 } else { 20 };
                 let large = (2, lanes, high + noise.below(30), 97 + noise.below(110));
                 let small = (1, 3 * lanes, 1 + noise.below(9), 1 + noise.below(20));
-                // Several bands of a task.
-                let banded = kind.0 != Variant::Dense && kind.1 == Gate::Sigmoid && k == 3;
-                let many = banded.then_some((16, 64, 21, 50));
-                for (n, c, h, w) in [(1, lanes, 1, 1), small, large].into_iter().chain(many) {
+                // Several bands of a task; chunks of several vectors, the last one larger than the others.
+                let some = kind.0 != Variant::Dense && kind.1 == Gate::Sigmoid && k == 3;
+                let more = if some { &[(16, 64, 21, 50), (8, 176, 9, 20)][..] } else { &[] };
+                for &(n, c, h, w) in [(1, lanes, 1, 1), small, large].iter().chain(more) {
                     let batch = Batch::new(&[n, c, h, w]).unwrap();
-                    let biases = noise.below(3) > 0;
-                    let twin = unit(&mut noise, c, kind, k, biases);
-                    let mut x = noise.vec(batch.size());
-                    if kind.0 != Variant::Dense && [5, 9].contains(&k) {
-                        noise.spoil(&mut x);
-                    }
-                    let x = Array4::from_shape_vec(batch.dims(), x).unwrap();
-                    let want = reference::xunit(&twin, &x).out;
-                    let (owned, x) = (Owned::<f32>::new(&twin), channels_last::<f32>(&x));
-                    for threads in [1, 3] {
-                        let mut out = nan::<f32>(batch.size());
-                        let threads = Threads::Own(threads);
-                        ops::xunit_evaluate_channels_last(
-                            &owned.unit(),
-                            batch,
-                            &x,
-                            &mut out,
-                            threads,
-                        )
-                        .unwrap();
-                        close_beside(&out, &channels_last::<f64>(&want), 1.0, || {
-                            format!("{kind:?}, k {k}, {batch:?}, {}", simd::selected())
-                        });
-                    }
+                    let spoil = kind.0 != Variant::Dense && [5, 9].contains(&k);
+                    evaluates(&mut noise, kind, k, batch, spoil);
                 }
             }
         }
     });
+}
+
+/// A unit in channels_last is what the reference is, the same at one thread and at three.
+fn evaluates(
+    noise: &mut Noise,
+    kind: (Variant, Gate, [Mode; 2]),
+    k: usize,
+    batch: Batch,
+    spoil: bool,
+) {
+    let biases = noise.below(3) > 0;
+    let twin = unit(noise, batch.c, kind, k, biases);
+    let mut x = noise.vec(batch.size());
+    if spoil {
+        noise.spoil(&mut x);
+    }
+    let x = Array4::from_shape_vec(batch.dims(), x).unwrap();
+    let want = channels_last::<f64>(&reference::xunit(&twin, &x).out);
+    let (owned, x) = (Owned::<f32>::new(&twin), channels_last::<f32>(&x));
+    let case = || format!("{kind:?}, k {k}, {batch:?}, {}", simd::selected());
+    let [one, three] = [1, 3].map(|threads| {
+        let mut out = nan::<f32>(batch.size());
+        let threads = Threads::Own(threads);
+        ops::xunit_evaluate_channels_last(&owned.unit(), batch, &x, &mut out, threads).unwrap();
+        out
+    });
+    close_beside(&one, &want, 1.0, case);
+    same_bits(&three, &one, case);
 }
 
 #[test]

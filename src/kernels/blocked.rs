@@ -2,7 +2,8 @@
 //! block is a vector. First and last convolution of a network, and the spatial gate in evaluation.
 //!
 //! They work on rows, which need not lie at equal distances: those of a ring do not. All loads and
-//! stores are whole vectors, and aligned if the rows are.
+//! stores are whole vectors, and aligned if the rows are. [`Rectify`] and [`GatePixels`] are for pixels that lie as
+//! they do in channels_last.
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
@@ -1087,7 +1088,8 @@ impl GatePixels<'_> {
         let (mut x, mut d) = (x.as_ptr(), d.as_ptr());
         for y in 0..rows {
             for column in 0..columns {
-                // SAFETY: whole vectors of what is there, by the assertions above.
+                // SAFETY: whole vectors of what is there, by the assertions above; `out` vouches for its places, and
+                // says whether they are aligned.
                 unsafe {
                     let to = out.at(y, column);
                     for c in (0..channels).step_by(lanes) {

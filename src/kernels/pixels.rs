@@ -251,11 +251,15 @@ impl<T: Scalar> Forward<'_, T> {
         let wide = WIDE.min(self.out.count.1 - x);
         let read = (WIDE - 1) * STRIDE + KW;
         let inside_from = |first: usize, end: usize| {
-            column + first as isize >= 0 && column + end as isize <= image.columns as isize
+            column + first as isize >= 0 && image.columns as isize - column >= end as isize
         };
         let border = match wide == WIDE {
             true if inside_from(0, read) => Border::NONE,
-            true if inside_from(KW - 1, (WIDE - 1) * STRIDE + 1) => Border::SIDES,
+            true if const { KW - 1 <= (WIDE - 1) * STRIDE }
+                && inside_from(KW - 1, (WIDE - 1) * STRIDE + 1) =>
+            {
+                Border::SIDES
+            }
             _ => Border::ANY,
         };
         // What the next rows of outputs read besides: asked for meanwhile.
@@ -307,13 +311,13 @@ struct Border;
 
 impl Border {
     const NONE: u8 = 0;
-    /// Those that not all outputs between the first and the last one read, before and after the others.
+    /// Those before the last one that the first output reads, and behind the first one that the last output reads.
     const SIDES: u8 = 1;
     const ANY: u8 = 2;
 
     /// Whether column `q` of those of a tile may be beyond.
-    const fn may_be_beyond<const BORDER: u8>(q: usize, kw: usize, stride: usize) -> bool {
-        match BORDER {
+    const fn may_be_beyond(border: u8, q: usize, kw: usize, stride: usize) -> bool {
+        match border {
             Self::NONE => false,
             Self::SIDES => q < kw - 1 || q > (WIDE - 1) * stride,
             _ => true,
@@ -370,7 +374,7 @@ impl<T: Scalar> Tile<'_, T> {
                     }
                     $(
                     if $q < (WIDE - 1) * STRIDE + KW
-                        && (!const { Border::may_be_beyond::<BORDER>($q, KW, STRIDE) }
+                        && (!const { Border::may_be_beyond(BORDER, $q, KW, STRIDE) }
                             || (0..image.columns as isize).contains(&(column + $q)))
                     {
                         let v = simd.load(input.wrapping_add($q * image.step));

@@ -18,8 +18,8 @@ use crate::parallel::{self, Threads};
 use crate::shape::{Batch, ShapeError, shape_error};
 use crate::simd;
 
-/// The least rows of images that are filtered: below, taps take long to transform. xUnitS of 8 × 512 × 7 × 7 takes 0.7
-/// of the time with plain sums, k = 7 and 9, of 8 × 256 × 14 × 14 0.9 and 1.1 (Zen 4).
+/// The least rows of images that are filtered: below, taps take long to transform. xUnitS of 8 × 512 × 7 × 7, in blocks,
+/// took 0.7 of the time with plain sums, k = 7 and 9, of 8 × 256 × 14 × 14 0.9 and 1.1 (Zen 4).
 const LEAST_FILTERED: usize = 10;
 /// Rows and columns of a band: with what is around it, k = 9 and 64 channels, 850 KB of x, and as much of what
 /// xUnitD makes of it. Rows are whole tiles of minimal filtering.
@@ -37,25 +37,32 @@ fn folded_bias(bias: Option<&[f32]>, c: usize, norm: Affine<f32>) -> f32 {
     (scale * (own - centre) + shift) as f32
 }
 
+/// Batch norm 1 of these channels.
+fn rectifier(unit: &XUnit<'_, f32>, channels: Range<usize>) -> Maps {
+    let mut maps = Maps { centre: Vec::new(), scale: Vec::new(), shift: Vec::new() };
+    for c in channels {
+        let norm = Channel::given(unit.norm1.as_ref(), c).affine;
+        maps.centre.push(norm.centre);
+        maps.scale.push(norm.scale);
+        maps.shift.push(norm.shift);
+    }
+    maps
+}
+
 /// The constants of a block of channels, from `first` on. Batch norm 2 is folded into the taps, which
 /// it follows.
 fn block(unit: &XUnit<'_, f32>, first: usize, lanes: usize) -> GateWeights {
     let taps = unit.kernel * unit.kernel;
     let mut folded = vec![0.0; taps * lanes];
     let mut bias = Vec::new();
-    let mut rectifier = Maps { centre: Vec::new(), scale: Vec::new(), shift: Vec::new() };
     for (lane, c) in (first..first + lanes).enumerate() {
         let norm = Channel::given(unit.norm2.as_ref(), c).affine;
         for (tap, &weight) in unit.weight[c * taps..][..taps].iter().enumerate() {
             folded[tap * lanes + lane] = norm.scale * weight;
         }
         bias.push(folded_bias(unit.bias, c, norm));
-        let norm = Channel::given(unit.norm1.as_ref(), c).affine;
-        rectifier.centre.push(norm.centre);
-        rectifier.scale.push(norm.scale);
-        rectifier.shift.push(norm.shift);
     }
-    let rectifier = (unit.variant == Variant::Full).then_some(rectifier);
+    let rectifier = (unit.variant == Variant::Full).then(|| rectifier(unit, first..first + lanes));
     let after = Maps { centre: vec![0.0; lanes], scale: vec![1.0; lanes], shift: vec![0.0; lanes] };
     GateWeights::new((unit.gate, unit.kernel), folded, bias, rectifier, after, lanes)
 }
@@ -124,7 +131,7 @@ pub fn xunit_evaluate_channels_last(
     out: &mut [f32],
     threads: Threads,
 ) -> Result<(), ShapeError> {
-    check(unit, batch, x)?;
+    let geometry = check(unit, batch, x)?;
     expect_len("out", out, batch.size())?;
     let lanes = simd::selected_lanes::<f32>();
     let Batch { n: images, c, h, w } = batch;
@@ -135,7 +142,7 @@ pub fn xunit_evaluate_channels_last(
         return Err(shape_error!("channels_last is for evaluation: batch norm needs statistics"));
     }
     let threads = threads.for_work(batch.size() * (unit.kernel * unit.kernel + POINTWISE_WORK));
-    if let Some(direct) = Direct::new(unit, batch) {
+    if let Some(direct) = Direct::new(unit, &geometry) {
         direct.run(x, out, threads);
         return Ok(());
     }

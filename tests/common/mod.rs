@@ -125,13 +125,18 @@ pub fn first_apart<T: Scalar>(got: &[T], want: &[f64], bound: f64) -> Option<usi
 /// `test` is the full name of the calling test, which this runs again in a child process per
 /// instruction set.
 pub fn on_every_isa(test: &str, body: impl FnOnce()) {
+    // Miri starts no processes: it checks the instruction set of `XUNIT_ISA` alone.
+    if cfg!(miri) {
+        assert_eq!(Ok(simd::selected()), simd::requested());
+        return body();
+    }
     const CHILD: &str = "XUNIT_TEST_CHILD";
     if std::env::var_os(CHILD).is_some() {
         assert_eq!(Ok(simd::selected()), simd::requested());
         return body();
     }
     for isa in simd::available() {
-        let output = Command::new(std::env::current_exe().unwrap())
+        let output = this_program()
             .args([test, "--exact", "--nocapture"])
             .env(CHILD, "1")
             .env("XUNIT_ISA", isa.to_string())
@@ -141,6 +146,24 @@ pub fn on_every_isa(test: &str, body: impl FnOnce()) {
             (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert!(output.status.success(), "on {isa}:\n{out}{err}");
         assert!(out.contains("1 passed"), "no test is named {test}:\n{out}");
+    }
+}
+
+/// The program of this test, by the emulator that cargo runs it with where that is of another architecture.
+fn this_program() -> Command {
+    let program = std::env::current_exe().unwrap();
+    let runner = match cfg!(target_arch = "aarch64") {
+        true => std::env::var("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER").unwrap_or_default(),
+        false => String::new(),
+    };
+    let mut words = runner.split_whitespace();
+    match words.next() {
+        Some(emulator) => {
+            let mut command = Command::new(emulator);
+            command.args(words).arg(program);
+            command
+        }
+        None => Command::new(program),
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::{LEAST_FILTERED, folded_bias};
+use super::{LEAST_FILTERED, folded_bias, rectifier};
 use crate::kernels::blocked::{GatePixels, Maps, Rectify, padding};
 use crate::kernels::general::Places;
 use crate::kernels::pixels::{self, Grid, Image};
@@ -12,9 +12,12 @@ use crate::ops::pixels::{Tasks, all, chunk_of, grid_of, is_direct, taps_of};
 use crate::ops::scratch::Scratch;
 use crate::ops::xunit::{Channel, Variant, XUnit};
 use crate::parallel::{self, Threads};
-use crate::shape::{Batch, Conv, Geometry};
+use crate::shape::{Batch, Geometry};
 use crate::simd;
 
+/// The widest images: bands are as wide. Those of 64 × 2048 take 0.9 to 1.5 of the time of blocks, of 128 × 1024 0.7 to
+/// 1.1 (Zen 4).
+const WIDEST: usize = 1024;
 /// Bytes of the sums of a band, about.
 const BYTES: usize = 256 << 10;
 /// The least rows of a band: what is around it is rectified twice.
@@ -39,29 +42,24 @@ impl<'a> Direct<'a> {
     /// Time over that of blocks, one thread, at 7 × 7, 14 × 14, 28 × 28, 40 × 40, 64 × 64 and 256 × 256 (Zen 4; AVX2 is
     /// alike): xUnitS with k = 3 0.6 to 0.8, with 7 0.6 to 0.9, with 9 0.6 to 1.0; xUnit with 3 0.7 to 0.9, with 7 0.8 to
     /// 1.1, with 9 0.9 at 7 × 7 and 1.0 to 1.1 of the others, which are filtered. xUnitD 0.9 to 1.1.
-    pub(super) fn new(unit: &'a XUnit<'a, f32>, batch: Batch) -> Option<Self> {
-        let (Batch { n, c, h, .. }, k) = (batch, unit.kernel);
-        let geometry = Geometry::new(batch, Conv::same(k).ok()?).ok()?;
+    pub(super) fn new(unit: &'a XUnit<'a, f32>, geometry: &Geometry) -> Option<Self> {
+        let (batch, k) = (geometry.input, unit.kernel);
+        let Batch { n, c, h, w } = batch;
         let is_faster = match unit.variant {
             Variant::Full => k < 9 || h < LEAST_FILTERED,
             Variant::Slim => true,
             Variant::Dense => false,
         };
-        if !is_faster || !is_direct(&geometry, unit.weight) {
+        if w > WIDEST || !is_faster || !is_direct(geometry, unit.weight) {
             return None;
         }
         let mut taps = taps_of(unit.weight, (k, k), &all(k), &all(k));
         let mut scales = Vec::with_capacity(c);
         let mut bias = Vec::with_capacity(c);
-        let mut maps = Maps { centre: Vec::new(), scale: Vec::new(), shift: Vec::new() };
         for channel in 0..c {
             let norm = Channel::given(unit.norm2.as_ref(), channel).affine;
             scales.push(norm.scale);
             bias.push(folded_bias(unit.bias, channel, norm));
-            let norm = Channel::given(unit.norm1.as_ref(), channel).affine;
-            maps.centre.push(norm.centre);
-            maps.scale.push(norm.scale);
-            maps.shift.push(norm.shift);
         }
         for of_tap in taps.chunks_exact_mut(c) {
             of_tap.iter_mut().zip(&scales).for_each(|(tap, scale)| *tap *= scale);
@@ -70,7 +68,7 @@ impl<'a> Direct<'a> {
             return None;
         }
         let tasks = Tasks::new::<f32>(n, h, c, chunk_of::<f32>(batch));
-        let rectifier = (unit.variant == Variant::Full).then_some(maps);
+        let rectifier = (unit.variant == Variant::Full).then(|| rectifier(unit, 0..c));
         let taps = match rectifier {
             Some(_) => {
                 let of_chunk = |i| {
@@ -89,12 +87,12 @@ impl<'a> Direct<'a> {
         let Batch { c, h, w, .. } = self.batch;
         let planes = Planes::result(out, self.batch);
         parallel::for_each(threads, self.tasks.count(), |task| {
-            let (n, all, channels) = self.tasks.task(task);
+            let (n, strip, channels) = self.tasks.task(task);
             let x = &x[n * h * w * c..][..h * w * c];
             let halo = self.unit.kernel / 2;
             let step = (BYTES / (w * channels.len() * size_of::<f32>())).max(LEAST_ROWS);
-            for start in all.clone().step_by(step) {
-                let rows = start..all.end.min(start + step);
+            for start in strip.clone().step_by(step) {
+                let rows = start..strip.end.min(start + step);
                 let (top, bottom) = padding(&rows, halo, h);
                 let reached = rows.start + top - halo..rows.end + halo - bottom;
                 let band = Band { of: self, x, rows, reached, channels: channels.clone() };
