@@ -25,7 +25,12 @@ pub(super) fn is_direct<T: Scalar>(geometry: &Geometry, weight: &[T]) -> bool {
         && left.max(right) < kw
         && input.c >= simd::selected_lanes::<T>()
         // Times a zero of the padding they would be NaN.
-        && weight.iter().all(|tap| tap.to_f64().is_finite())
+        && all_finite(weight)
+}
+
+/// Whether all are: of many, as vectors.
+pub(super) fn all_finite<T: Scalar>(values: &[T]) -> bool {
+    values.iter().fold(true, |all, x| all & x.to_f64().is_finite())
 }
 
 /// Whether the weight's gradient, too, is the fastest so; with K = 9 and a stride of 1 it takes 1.1 to 1.2 times as

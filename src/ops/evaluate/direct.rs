@@ -8,7 +8,7 @@ use crate::kernels::blocked::{GatePixels, Maps, Rectify, padding};
 use crate::kernels::general::Places;
 use crate::kernels::pixels::{self, Grid, Image};
 use crate::ops::Planes;
-use crate::ops::pixels::{Tasks, all, chunk_of, grid_of, is_direct, taps_of};
+use crate::ops::pixels::{Tasks, all, all_finite, chunk_of, grid_of, is_direct, taps_of};
 use crate::ops::scratch::Scratch;
 use crate::ops::xunit::{Channel, Variant, XUnit};
 use crate::parallel::{self, Threads};
@@ -64,23 +64,24 @@ impl<'a> Direct<'a> {
         for of_tap in taps.chunks_exact_mut(c) {
             of_tap.iter_mut().zip(&scales).for_each(|(tap, scale)| *tap *= scale);
         }
-        if !taps.iter().all(|tap| tap.is_finite()) {
+        if !all_finite(&taps) {
             return None;
         }
         let tasks = Tasks::new::<f32>(n, h, c, chunk_of::<f32>(batch));
         let rectifier = (unit.variant == Variant::Full).then(|| rectifier(unit, 0..c));
-        let taps = match rectifier {
+        let mut of_tasks = Vec::with_capacity(taps.len());
+        match rectifier {
             Some(_) => {
-                let of_chunk = |i| {
-                    let channels: Range<usize> = tasks.chunks.channels(i);
-                    taps.chunks_exact(c).flat_map(move |of_tap| &of_tap[channels.clone()])
-                };
-                (0..tasks.chunks.len()).flat_map(of_chunk).copied().collect()
+                for chunk in (0..tasks.chunks.len()).map(|i| tasks.chunks.channels(i)) {
+                    for of_tap in taps.chunks_exact(c) {
+                        of_tasks.extend_from_slice(&of_tap[chunk.clone()]);
+                    }
+                }
             }
-            None => taps.to_vec(),
-        };
+            None => of_tasks.extend_from_slice(&taps),
+        }
         let grid = grid_of(&geometry.conv);
-        Some(Self { unit, batch, grid, tasks, taps, bias, rectifier })
+        Some(Self { unit, batch, grid, tasks, taps: of_tasks, bias, rectifier })
     }
 
     pub(super) fn run(&self, x: &[f32], out: &mut [f32], threads: Threads) {
