@@ -1,7 +1,8 @@
 //! The kernels on blocked images against naive float64 sums, on every instruction set there is.
 
 use xunit_rs::kernels::activation::Gate;
-use xunit_rs::kernels::blocked::{GateWeights, Gated, Maps, Row, RowMut, Sink};
+use xunit_rs::kernels::blocked::{GateWeights, Gated, Row, RowMut, Sink};
+use xunit_rs::kernels::channelwise::Maps;
 use xunit_rs::kernels::winograd::{Convolve, TILE, Weights};
 use xunit_rs::simd::{self, Isa, Kernel, Scalar, Simd};
 

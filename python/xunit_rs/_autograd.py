@@ -605,16 +605,16 @@ def _unit_forward(
         return out.to(x.dtype), (None, None), statistics
     last = not x.is_contiguous() and _is_channels_last(x)
     out = _fresh(x.shape, dtype, last)
-    d = _fresh(x.shape, dtype, saved=True) if save else None
-    p = _fresh(x.shape, dtype, saved=True) if save and call.variant == "dense" else None
+    d = _fresh(x.shape, dtype, last, saved=True) if save else None
+    p = _fresh(x.shape, dtype, last, saved=True) if save and call.variant == "dense" else None
     _core.xunit_forward(
         call.variant,
         call.gate,
         _ready(_in_order(x, last), dtype),
         *parameters,
         _to_write(_in_order(out, last)),
-        _to_write(d),
-        _to_write(p),
+        _to_write(_in_order(d, last)),
+        _to_write(_in_order(p, last)),
         last,
         torch.get_num_threads(),
     )
@@ -752,8 +752,8 @@ def _unit_backward(
         call.gate,
         _ready(_in_order(grad, last), dtype),
         _ready(_in_order(x, last), dtype),
-        _optional(d, dtype),
-        _optional(p, dtype),
+        _optional(_in_order(d, last), dtype),
+        _optional(_in_order(p, last), dtype),
         _optional(pw_weight, dtype),
         _ready(weight, dtype),
         norms[0],

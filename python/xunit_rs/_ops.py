@@ -123,7 +123,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     dtype = _autograd._compute_dtype(x.dtype)
     kept = (save, save and variant == "dense")
     # Not one empty tensor for both: no result may be an alias of another.
-    found = [_autograd._empty(x, dtype) if keep else x.new_empty(0) for keep in kept]
+    found = [_like(x, dtype) if keep else x.new_empty(0) for keep in kept]
     for of_batch in batch:
         size = x.shape[1]
         for _ in range(2):
@@ -205,9 +205,10 @@ def _unit_of(given: Sequence[Vector], call: Sequence[Any]) -> tuple[_Unit, list[
 # ---------------------------------------------------------------- shared
 
 
-def _like(t: Tensor) -> Tensor:
-    """A tensor as the kernels give back one of the shape of `t`."""
-    return _autograd._given_back(_autograd._empty(t, t.dtype), t, t.dtype)
+def _like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor as the kernels give back one of the shape of `t`, or keep one of that type."""
+    dtype = dtype or t.dtype
+    return _autograd._given_back(_autograd._empty(t, dtype), t, dtype)
 
 
 def _needs(needs: Sequence[bool], inputs: Sequence[Vector]) -> list[bool]:

@@ -28,7 +28,7 @@ impl Gate {
 
     /// dg/dd, given g.
     #[inline(always)]
-    fn slope<T: Scalar, S: Simd<T>>(self, simd: S, d: S::V, g: S::V) -> S::V {
+    pub(super) fn slope<T: Scalar, S: Simd<T>>(self, simd: S, d: S::V, g: S::V) -> S::V {
         match self {
             Gate::Sigmoid => simd.mul(g, simd.sub(simd.splat(T::ONE), g)),
             Gate::Gaussian => simd.mul(g, simd.mul(simd.splat(T::from_f64(-2.0)), d)),
@@ -377,13 +377,14 @@ impl<T: Scalar> Kernel<T> for PastGate<'_, T> {
 /// its constants, as it does ahead of a 1×1 depthwise weight, which batch norm makes all but void.
 #[derive(Clone, Copy, Debug)]
 pub struct NormGradient<T> {
-    scale: T,
-    centre: T,
-    batch: Option<[Parts<T>; 2]>,
+    pub(super) scale: T,
+    pub(super) centre: T,
+    /// Slope and shift.
+    pub(super) batch: Option<[Parts<T>; 2]>,
 }
 
 /// A number as the sum of two, of which the first is the larger.
-type Parts<T> = (T, T);
+pub(super) type Parts<T> = (T, T);
 
 impl<T: Scalar> NormGradient<T> {
     /// `batch` is (slope, shift) in training.

@@ -2,16 +2,14 @@
 //! block is a vector. First and last convolution of a network, and the spatial gate in evaluation.
 //!
 //! They work on rows, which need not lie at equal distances: those of a ring do not. All loads and
-//! stores are whole vectors, and aligned if the rows are. [`Rectify`] and [`GatePixels`] are for pixels that lie as
-//! they do in channels_last.
+//! stores are whole vectors, and aligned if the rows are.
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::activation::Gate;
-use super::extent;
-use super::general::Places;
+use super::channelwise::Maps;
 use super::minimal::{self, Filter};
 use crate::memory::Line;
 use crate::simd::{Kernel, Simd};
@@ -117,14 +115,6 @@ impl<'a> RowMut<'a> {
     fn block(&self, block: usize) -> *mut f32 {
         self.ptr.wrapping_add(block * self.stride)
     }
-}
-
-/// An affine map per channel, v ↦ scale · (v − centre) + shift, whole blocks.
-#[derive(Clone, Debug)]
-pub struct Maps {
-    pub centre: Vec<f32>,
-    pub scale: Vec<f32>,
-    pub shift: Vec<f32>,
 }
 
 /// Where the outputs of a convolution go, row by row.
@@ -1007,101 +997,6 @@ impl Gated<'_> {
                 for (c, &acc) in acc.iter().enumerate() {
                     simd.store(acc, to.add(((point * T + t) * C + c) * lanes));
                 }
-            }
-        }
-    }
-}
-
-/// u = relu(map(v)) of some channels of pixels in channels_last, next to each other then.
-pub struct Rectify<'a> {
-    /// From the first of the channels of the first pixel on.
-    pub v: &'a [f32],
-    /// Elements from one pixel of v to the next.
-    pub step: usize,
-    /// Centre, scale and shift of each channel: whole vectors.
-    pub maps: [&'a [f32]; 3],
-    /// (pixels, channels)
-    pub u: &'a mut [f32],
-}
-
-impl Kernel<f32> for Rectify<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd<f32>>(self, simd: S) {
-        let Self { v, step, maps, u } = self;
-        let (channels, lanes) = (maps[0].len(), simd.lanes());
-        assert!(channels > 0 && channels.is_multiple_of(lanes) && u.len().is_multiple_of(channels));
-        assert!(maps.iter().all(|map| map.len() == channels));
-        let pixels = u.len() / channels;
-        assert!(channels <= step && v.len() >= extent(pixels, step, channels));
-        for (pixel, u) in u.chunks_exact_mut(channels).enumerate() {
-            for c in (0..channels).step_by(lanes) {
-                // SAFETY: whole vectors of what is there, by the assertions above.
-                unsafe {
-                    let mut of_vector = [simd.splat(0.0); 3];
-                    for (to, map) in of_vector.iter_mut().zip(maps) {
-                        *to = simd.load(map.as_ptr().add(c));
-                    }
-                    let v = simd.load(v.as_ptr().add(pixel * step + c));
-                    simd.store(rectified(simd, of_vector, v), u.as_mut_ptr().add(c));
-                }
-            }
-        }
-    }
-}
-
-/// out = x · g(d), some channels of pixels in channels_last.
-pub struct GatePixels<'a> {
-    pub gate: Gate,
-    /// From the first of the channels of the first pixel on.
-    pub x: &'a [f32],
-    /// Elements from one pixel of x to the next.
-    pub step: usize,
-    /// (pixels, channels): whole vectors.
-    pub d: &'a [f32],
-    pub out: Places<'a, f32>,
-}
-
-impl Kernel<f32> for GatePixels<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd<f32>>(self, simd: S) {
-        match self.gate {
-            Gate::Sigmoid => self.by(simd, Gate::Sigmoid),
-            Gate::Gaussian => self.by(simd, Gate::Gaussian),
-        }
-    }
-}
-
-impl GatePixels<'_> {
-    /// `gate` is known to the compiler.
-    #[inline(always)]
-    fn by<S: Simd<f32>>(self, simd: S, gate: Gate) {
-        let Self { x, step, d, out, .. } = self;
-        let ((rows, columns), channels, lanes) = (out.count, out.channels, simd.lanes());
-        assert!(channels.is_multiple_of(lanes) && channels <= step);
-        assert!(x.len() >= extent(rows * columns, step, channels));
-        assert!(d.len() == rows * columns * channels);
-        let stream = out.streams(lanes);
-        let (mut x, mut d) = (x.as_ptr(), d.as_ptr());
-        for y in 0..rows {
-            for column in 0..columns {
-                // SAFETY: whole vectors of what is there, by the assertions above; `out` vouches for its places, and
-                // says whether they are aligned.
-                unsafe {
-                    let to = out.at(y, column);
-                    for c in (0..channels).step_by(lanes) {
-                        let g = gate.value(simd, simd.load(d.add(c)));
-                        let gated = simd.mul(simd.load(x.add(c)), g);
-                        match stream {
-                            true => simd.stream(gated, to.add(c)),
-                            false => simd.store(gated, to.add(c)),
-                        }
-                    }
-                }
-                (x, d) = (x.wrapping_add(step), d.wrapping_add(channels));
             }
         }
     }

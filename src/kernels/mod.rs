@@ -5,6 +5,7 @@
 
 pub mod activation;
 pub mod blocked;
+pub mod channelwise;
 pub mod conv;
 pub mod filtered;
 pub mod general;

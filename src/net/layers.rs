@@ -1,7 +1,8 @@
 //! The layers of a network in evaluation mode, every constant folded that can be.
 
 use crate::kernels::activation::Gate;
-use crate::kernels::blocked::{FirstWeights, GateWeights, Maps, padded};
+use crate::kernels::blocked::{FirstWeights, GateWeights, padded};
+use crate::kernels::channelwise::Maps;
 use crate::kernels::winograd;
 use crate::simd;
 

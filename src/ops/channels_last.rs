@@ -78,7 +78,7 @@ pub fn depthwise_backward_channels_last<T: Scalar>(
         }
     }
     let wanted = gweight.is_some() || gbias.is_some();
-    if wanted && direct && pixels::has_weight_gradient(geometry) {
+    if wanted && direct {
         let (gweight, gbias) = (gweight.as_deref_mut(), gbias.as_deref_mut());
         if pixels::parameters(geometry, grad, x, gweight, gbias, threads) {
             return Ok(());

@@ -13,7 +13,8 @@ use super::scratch::Scratch;
 use super::xunit::{Channel, POINTWISE_WORK, Variant, XUnit, check};
 use super::{Planes, expect_len};
 use crate::kernels::activation::Affine;
-use crate::kernels::blocked::{GateWeights, Gated, Maps, Mix, MixWeights, Row, RowMut, padding};
+use crate::kernels::blocked::{GateWeights, Gated, Mix, MixWeights, Row, RowMut, padding};
+use crate::kernels::channelwise::Maps;
 use crate::parallel::{self, Threads};
 use crate::shape::{Batch, ShapeError, shape_error};
 use crate::simd;
@@ -39,14 +40,7 @@ fn folded_bias(bias: Option<&[f32]>, c: usize, norm: Affine<f32>) -> f32 {
 
 /// Batch norm 1 of these channels.
 fn rectifier(unit: &XUnit<'_, f32>, channels: Range<usize>) -> Maps {
-    let mut maps = Maps { centre: Vec::new(), scale: Vec::new(), shift: Vec::new() };
-    for c in channels {
-        let norm = Channel::given(unit.norm1.as_ref(), c).affine;
-        maps.centre.push(norm.centre);
-        maps.scale.push(norm.scale);
-        maps.shift.push(norm.shift);
-    }
-    maps
+    Maps::new(channels.map(|c| Channel::given(unit.norm1.as_ref(), c).affine))
 }
 
 /// The constants of a block of channels, from `first` on. Batch norm 2 is folded into the taps, which

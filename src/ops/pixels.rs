@@ -33,12 +33,6 @@ pub(super) fn all_finite<T: Scalar>(values: &[T]) -> bool {
     values.iter().fold(true, |all, x| all & x.to_f64().is_finite())
 }
 
-/// Whether the weight's gradient, too, is the fastest so; with K = 9 and a stride of 1 it takes 1.1 to 1.2 times as
-/// long as that of blocks (Xeon).
-pub(super) fn has_weight_gradient(geometry: &Geometry) -> bool {
-    geometry.conv.kw < 9 || geometry.conv.stride == [2, 2]
-}
-
 /// The most channels of a task, but for the last, which takes what is left, where images are large: pieces of four
 /// lines are read, and some rows of so many stay in the second-level cache.
 const CHUNK: usize = 64;
@@ -125,6 +119,16 @@ impl Tasks {
 
     fn strip(&self, strip: usize) -> Range<usize> {
         strip * self.rows / self.strips..(strip + 1) * self.rows / self.strips
+    }
+
+    /// Tasks of a chunk.
+    pub(super) fn parts(&self) -> usize {
+        self.images * self.strips
+    }
+
+    /// Image and rows of one of them.
+    pub(super) fn part(&self, part: usize) -> (usize, Range<usize>) {
+        (part / self.strips, self.strip(part % self.strips))
     }
 }
 
@@ -337,8 +341,8 @@ impl TapSums {
         Planes::new(&mut self.sums, batch)
     }
 
-    /// Writes the gradients, the groups' sums added in order: unless those of the bias are not all finite, as then
-    /// gradients are not, and what they add in the padding has been left out. Returns whether they are.
+    /// Writes the gradients, the groups' sums added in order: unless not all are finite, as then they may be wrong.
+    /// Returns whether they are.
     pub(super) fn write<T: Scalar>(
         mut self,
         mut gweight: Option<&mut [T]>,
@@ -356,7 +360,10 @@ impl TapSums {
             chunk * self.len + pixels::place(c - channels.start, channels.len(), lanes, taps, 0)
         };
         let channels = 0..self.chunks.channels;
-        if !channels.clone().all(|c| T::from_f64(sums[at(c) + taps * lanes]).to_f64().is_finite()) {
+        let first = if gweight.is_some() { 0 } else { taps };
+        let is_finite = |&sum: &f64| T::from_f64(sum).to_f64().is_finite();
+        let of_channel = |c: usize| sums[at(c)..].iter().step_by(lanes).take(taps + 1).skip(first);
+        if !channels.clone().all(|c| of_channel(c).all(is_finite)) {
             return false;
         }
         for c in channels {
@@ -374,7 +381,7 @@ impl TapSums {
 }
 
 /// The gradients of weight and bias: each task some rows of some images, of a chunk of channels; their sums are
-/// added in order. Returns whether all of `grad` is finite: else, in the padding, weights' gradients would be NaN.
+/// added in order. Returns whether they are finite, as [`TapSums::write`].
 pub(super) fn parameters<T: Scalar>(
     geometry: &Geometry,
     grad: &[T],
@@ -386,8 +393,8 @@ pub(super) fn parameters<T: Scalar>(
     let Geometry { conv, input, oh, .. } = *geometry;
     let (output, grid) = (geometry.output(), grid_of(&conv));
     let tasks = Tasks::new::<T>(input.n, oh, input.c, CHUNK);
-    let (chunks, strips) = (tasks.chunks, tasks.images * tasks.strips);
-    let groups = chunks.groups(strips);
+    let (chunks, parts) = (tasks.chunks, tasks.parts());
+    let groups = chunks.groups(parts);
     let mut sums = TapSums::new::<T>(groups, chunks, grid.kernel);
     let planes = sums.planes();
     parallel::for_each(threads, groups * chunks.len(), |task| {
@@ -397,13 +404,13 @@ pub(super) fn parameters<T: Scalar>(
         // SAFETY: this task alone names them.
         let sums = unsafe { &mut planes.plane(group, chunk)[..len] };
         let mut scratch = Scratch::new(len);
-        for strip in group * strips / groups..(group + 1) * strips / groups {
-            let n = strip / tasks.strips;
+        for part in group * parts / groups..(group + 1) * parts / groups {
+            let (n, rows) = tasks.part(part);
             simd::dispatch(pixels::WeightGradient {
                 image: image(x, input, n, channels.clone()),
                 grid,
                 grad: image(grad, output, n, channels.clone()),
-                rows: tasks.strip(strip % tasks.strips),
+                rows,
                 taps: gweight.is_some(),
                 sums: &mut *sums,
                 scratch: &mut scratch,

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::groups::Layout;
 use super::scratch::Scratch;
-use super::{Planes, Source, plane};
+use super::{Planes, plane};
 use crate::kernels::MAX_LANES;
 use crate::kernels::activation::{Affine, Apply, Gate, PastGate, Target};
 use crate::kernels::product::{Columns, Inner, Packed, Rows, RowsMut, Start};
@@ -115,15 +115,15 @@ impl Panels {
 /// What goes past the gate to x: grad · g(d).
 pub(super) struct Past<'a, T> {
     pub gate: Gate,
-    /// As x lies.
+    /// Both as x lies.
     pub grad: &'a [T],
-    pub d: Source<'a, T>,
+    pub d: &'a [T],
     /// Of each channel.
     pub affine: Vec<Affine<T>>,
 }
 
 impl<T: Scalar> Pointwise<'_, T> {
-    /// p\[n\] = weight · x\[n\] + bias; x lies as `layout` says, p in planes.
+    /// p\[n\] = weight · x\[n\] + bias; both lie as `layout` says.
     pub(super) fn forward(
         &self,
         batch: Batch,
@@ -136,14 +136,23 @@ impl<T: Scalar> Pointwise<'_, T> {
         let (panels, p) = (Panels::new(batch), Planes::new(p, batch));
         parallel::for_each(threads, panels.len(), |i| {
             let start = self.bias.map_or(Start::Zero, Start::Bias);
-            // SAFETY: this task alone names panel i.
-            let c = unsafe { panels.rows_mut(&p, i) };
-            let copy = (layout == Layout::ChannelsLast).then(|| panels.gather(x, i));
-            let b = match &copy {
-                Some(copy) => panels.rows_of_copy(copy, i),
-                None => panels.rows(x, i),
+            if layout == Layout::Planes {
+                // SAFETY: this task alone names panel i.
+                let c = unsafe { panels.rows_mut(&p, i) };
+                simd::dispatch(Columns { a: &weight, b: panels.rows(x, i), start, c });
+                return;
+            }
+            let x = panels.gather(x, i);
+            let (ld, len) = (panels.ld(i), panels.pixels(i).1.len());
+            let mut of_p = Scratch::new(batch.c * ld);
+            let c = RowsMut::new(&mut of_p, batch.c, ld, len);
+            simd::dispatch(Columns { a: &weight, b: panels.rows_of_copy(&x, i), start, c });
+            // SAFETY: this task alone names panel i, all channels of which are borrowed here.
+            let job = unsafe {
+                let to = panels.pixels_mut(&p, i).as_mut_ptr();
+                Transpose::scatter((&of_p, ld), (to, batch.c), len, batch.c)
             };
-            simd::dispatch(Columns { a: &weight, b, start, c });
+            simd::dispatch(job);
         });
     }
 
@@ -172,8 +181,8 @@ impl<T: Scalar> Pointwise<'_, T> {
             let sum = unsafe { sum_planes.plane(part, 0) };
             for i in (part..panels.len()).step_by(parts) {
                 let ((n, pixels), ld) = (panels.pixels(i), panels.ld(i));
-                let d = |c: usize| &past.d.plane(n, c)[pixels.clone()];
                 if layout == Layout::Planes {
+                    let d = |c: usize| &plane(past.d, batch, n, c)[pixels.clone()];
                     let mut gp = Scratch::new(c * ld);
                     for (c, gp) in gp.chunks_exact_mut(ld).enumerate() {
                         let grad = &plane(past.grad, batch, n, c)[pixels.clone()];
@@ -204,13 +213,13 @@ impl<T: Scalar> Pointwise<'_, T> {
                 let gp = panels.rows_of_copy(&gp, i);
                 simd::dispatch(Inner { a: gp, b: panels.rows_of_copy(&copy, i), sum: &mut *sum });
                 // x has been read: its copy takes the gradient.
-                let grad = panels.gather(past.grad, i);
-                let rows = grad.chunks_exact(ld).zip(copy.chunks_exact_mut(ld));
-                for (c, (grad, out)) in rows.enumerate() {
+                let (grad, d) = (panels.gather(past.grad, i), panels.gather(past.d, i));
+                let rows = grad.chunks_exact(ld).zip(d.chunks_exact(ld));
+                for (c, ((grad, d), out)) in rows.zip(copy.chunks_exact_mut(ld)).enumerate() {
                     simd::dispatch(Apply {
                         gate: past.gate,
                         x: &grad[..pixels.len()],
-                        d: d(c),
+                        d: &d[..pixels.len()],
                         affine: past.affine[c],
                         out: Target::new(&mut out[..pixels.len()]),
                     });

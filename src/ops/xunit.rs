@@ -1,12 +1,16 @@
 //! The three xUnits, fused: forward and backward, training and evaluation.
 //!
 //! A task makes three passes over the planes of a channel, or of some if they are small: statistics,
-//! convolution with the statistics of its output, gate. Only x and d (and for the dense unit the pointwise product p) are kept for
+//! convolution with the statistics of its output, gate; in channels_last, where [`direct`] can, all tasks make each of
+//! them before the next one. Only x and d (and for the dense unit the pointwise product p) are kept for
 //! backward, which recomputes ReLU, batch norm and gate from them.
 
+mod direct;
 mod small;
 
 use std::ops::Range;
+
+use direct::Direct;
 
 use super::dense;
 use super::groups::{self, Layout};
@@ -191,8 +195,13 @@ impl<T: Scalar> Channel<T> {
     }
 }
 
+/// What values are taken about for their variance.
+fn origin<T: Scalar>(mean: f64) -> T {
+    if mean.is_finite() { T::from_f64(mean) } else { T::ZERO }
+}
+
 /// Mean and biased variance over the planes of one channel.
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 struct Statistics {
     count: f64,
     sum: f64,
@@ -201,27 +210,35 @@ struct Statistics {
 
 impl Statistics {
     /// Adds up about the mean so far, at first the plane's own: about an outlier the squares, which
-    /// are added up in `T`, would swamp the variance. Joined by Chan's formula.
+    /// are added up in `T`, would swamp the variance.
     fn add<T: Scalar>(&mut self, plane: &[T]) {
         let count = plane.len() as f64;
-        let origin = if self.count == 0.0 {
+        let mean = if self.count == 0.0 {
             simd::dispatch(Sums { plane, origin: T::ZERO }).0 / count
         } else {
             self.mean()
         };
-        let origin = if origin.is_finite() { T::from_f64(origin) } else { T::ZERO };
-        let (first, second) = simd::dispatch(Sums { plane, origin });
+        let origin = origin(mean);
+        self.add_about(origin, count, simd::dispatch(Sums { plane, origin }));
+    }
+
+    /// Adds so many values, of which these are the sum, and that of squares, about `origin`.
+    fn add_about<T: Scalar>(&mut self, origin: T, count: f64, (first, second): (f64, f64)) {
         // Rounding may take this below zero on a constant plane; NaN must survive.
         let squares = second - first * first / count;
         let squares = if squares < 0.0 { 0.0 } else { squares };
-        let sum = origin.to_f64() * count + first;
+        self.join(&Self { count, sum: origin.to_f64() * count + first, squares });
+    }
+
+    /// Adds those of other values, by Chan's formula.
+    fn join(&mut self, other: &Self) {
         if self.count > 0.0 {
-            let delta = sum / count - self.mean();
-            self.squares += delta * delta * self.count * count / (self.count + count);
+            let delta = other.mean() - self.mean();
+            self.squares += delta * delta * self.count * other.count / (self.count + other.count);
         }
-        self.squares += squares;
-        self.sum += sum;
-        self.count += count;
+        self.squares += other.squares;
+        self.sum += other.sum;
+        self.count += other.count;
     }
 
     fn mean(&self) -> f64 {
@@ -238,7 +255,7 @@ pub(super) const POINTWISE_WORK: usize = 16;
 
 /// Forward of an xUnit: out = x · g(d).
 ///
-/// x and out are (N, C, H, W) or, as `layout` says, (N, H, W, C); all else is in planes. Contiguous.
+/// x, out, d and p are (N, C, H, W) or, as `layout` says, (N, H, W, C). Contiguous.
 /// [`xunit_backward`] wants `output.d` (and `output.p`). Errors if a length does not fit, or a batch
 /// norm in training sees one value per channel.
 pub fn xunit_forward<T: Scalar>(
@@ -276,40 +293,67 @@ pub fn xunit_forward<T: Scalar>(
                 &mut own
             });
             pointwise.forward(batch, layout, x, p, threads);
-            Some(Source::new(&*p, batch))
+            Some(&*p)
         }
         None => None,
     };
     let mut stats = vec![0.0; 4 * batch.c];
     let out_planes = Planes::result(out, batch);
     let stats_planes = Planes::new(&mut stats, Batch { n: 1, c: batch.c, h: 1, w: 4 });
-    let task = Forward { unit, geometry, is_small, p, d: d.map(|d| Planes::new(d, batch)) };
+    let task = Forward { unit, geometry, is_small };
     let chunks = small::chunks::<T>(batch, is_small);
-    let each_chunk = |x: &[T], out: &Planes<'_, T>| {
+    let each_chunk = |x: &[T], p: Option<&[T]>, d: Option<&Planes<'_, T>>, out: &Planes<'_, T>| {
         parallel::for_each(threads, chunks.len(), |i| {
-            let x = Source::new(x, batch);
+            let (x, p) = (Source::new(x, batch), p.map(|p| Source::new(p, batch)));
+            let tensors = Tensors { x, u: p.unwrap_or(x), d, out };
             // SAFETY: this task alone names these channels.
-            unsafe { task.each(chunks.channels(i), x, out, &stats_planes) };
+            unsafe { task.each(chunks.channels(i), tensors, &stats_planes) };
         });
     };
-    match (layout, small::groups::<T>(batch, is_small, threads)) {
-        (Layout::Planes, _) => each_chunk(x, &out_planes),
-        (Layout::ChannelsLast, Some(groups)) => parallel::for_each(threads, groups.len(), |i| {
-            let (first, group) = groups.group(i);
-            let x = groups.gather(x, i);
-            let mut out = Scratch::new(group.size());
-            let planes = Planes::group(&mut out, group, first);
-            let (channels, x) = (first..first + group.c, groups.source(&x, i));
-            // SAFETY: this task alone names these channels, and `planes` are its own.
-            unsafe { task.each(channels, x, &planes, &stats_planes) };
-            // SAFETY: this task alone names these channels.
-            unsafe { groups.scatter(&out, &out_planes, i) };
-        }),
-        (Layout::ChannelsLast, None) => {
-            let x = groups::to_planes(batch, x, threads);
-            let mut out = memory::filled(batch.size(), T::ZERO);
-            each_chunk(&x, &Planes::new(&mut out, batch));
-            groups::from_planes(&out, &out_planes, threads);
+    let direct = match layout {
+        Layout::ChannelsLast => Direct::new(unit, &geometry),
+        Layout::Planes => None,
+    };
+    if let Some(direct) = direct {
+        direct.forward(x, p, d, &out_planes, &mut stats, threads);
+    } else {
+        let d = d.map(|d| Planes::new(d, batch));
+        match (layout, small::groups::<T>(batch, is_small, threads)) {
+            (Layout::Planes, _) => each_chunk(x, p, d.as_ref(), &out_planes),
+            (Layout::ChannelsLast, Some(groups)) => {
+                parallel::for_each(threads, groups.len(), |i| {
+                    let (first, group) = groups.group(i);
+                    let (x, p) = (groups.gather(x, i), p.map(|p| groups.gather(p, i)));
+                    let mut out = Scratch::new(group.size());
+                    let mut of_d = Scratch::new(if d.is_some() { group.size() } else { 0 });
+                    let planes = Planes::group(&mut out, group, first);
+                    let d_planes = d.is_some().then(|| Planes::group(&mut of_d, group, first));
+                    let (x, p) = (groups.source(&x, i), p.as_ref().map(|p| groups.source(p, i)));
+                    let d_planes = d_planes.as_ref();
+                    let tensors = Tensors { x, u: p.unwrap_or(x), d: d_planes, out: &planes };
+                    // SAFETY: this task alone names these channels, and `planes` are its own.
+                    unsafe { task.each(first..first + group.c, tensors, &stats_planes) };
+                    // SAFETY: this task alone names these channels.
+                    unsafe {
+                        groups.scatter(&out, &out_planes, i);
+                        if let Some(d) = &d {
+                            groups.scatter(&of_d, d, i);
+                        }
+                    }
+                })
+            }
+            (Layout::ChannelsLast, None) => {
+                let x = groups::to_planes(batch, x, threads);
+                let p = p.map(|p| groups::to_planes(batch, p, threads));
+                let mut out = memory::filled(batch.size(), T::ZERO);
+                let mut of_d = d.as_ref().map(|_| memory::filled(batch.size(), T::ZERO));
+                let d_planes = of_d.as_mut().map(|d| Planes::new(d, batch));
+                each_chunk(&x, p.as_deref(), d_planes.as_ref(), &Planes::new(&mut out, batch));
+                groups::from_planes(&out, &out_planes, threads);
+                if let (Some(of_d), Some(d)) = (&of_d, &d) {
+                    groups::from_planes(of_d, d, threads);
+                }
+            }
         }
     }
     let count = (batch.n * batch.plane()) as f64;
@@ -327,8 +371,16 @@ struct Forward<'a, T> {
     geometry: Geometry,
     /// Whether planes are, so that channels are worked off together.
     is_small: bool,
-    p: Option<Source<'a, T>>,
-    d: Option<Planes<'a, T>>,
+}
+
+/// What they read and write, in planes: all of it, or their channels.
+#[derive(Clone, Copy)]
+struct Tensors<'a, T> {
+    x: Source<'a, T>,
+    /// What the depthwise convolution takes, before norm 1.
+    u: Source<'a, T>,
+    d: Option<&'a Planes<'a, T>>,
+    out: &'a Planes<'a, T>,
 }
 
 impl<T: Scalar> Forward<'_, T> {
@@ -339,17 +391,16 @@ impl<T: Scalar> Forward<'_, T> {
     unsafe fn each(
         &self,
         channels: Range<usize>,
-        x: Source<'_, T>,
-        out: &Planes<'_, T>,
+        tensors: Tensors<'_, T>,
         stats: &Planes<'_, f64>,
     ) {
         // SAFETY: the caller's promise.
         unsafe {
             if self.is_small {
-                return self.channels(channels, x, out, stats);
+                return self.channels(channels, tensors, stats);
             }
             for c in channels {
-                self.channel(c, x, out, stats.plane(0, c));
+                self.channel(c, tensors, stats.plane(0, c));
             }
         }
     }
@@ -358,10 +409,10 @@ impl<T: Scalar> Forward<'_, T> {
     ///
     /// # Safety
     /// No other task may name the channel of d and out meanwhile.
-    unsafe fn channel(&self, c: usize, x: Source<'_, T>, out: &Planes<'_, T>, stats: &mut [f64]) {
-        let Self { unit, geometry, p, d, .. } = self;
+    unsafe fn channel(&self, c: usize, tensors: Tensors<'_, T>, stats: &mut [f64]) {
+        let Self { unit, geometry, .. } = self;
+        let Tensors { x, u, d, out } = tensors;
         let (batch, taps) = (geometry.input, unit.kernel * unit.kernel);
-        let u = p.unwrap_or(x);
         // Without statistics of d to wait for, each strip is gated as soon as it is convolved.
         let waits = unit.norm2.is_some_and(|norm| norm.stats.is_none());
         let first = self.first(u, c, stats);
@@ -380,7 +431,7 @@ impl<T: Scalar> Forward<'_, T> {
             for y in (0..batch.h).step_by(strip) {
                 let pixels = y * batch.w..(y + strip).min(batch.h) * batch.w;
                 // Where d is not kept but its statistics are awaited, it waits in the output.
-                let d = match d.as_ref().or(waits.then_some(out)) {
+                let d = match d.or(waits.then_some(out)) {
                     // SAFETY: this task alone names channel c.
                     Some(planes) => unsafe { &mut planes.plane(n, c)[pixels.clone()] },
                     None => &mut of_strip[..pixels.len()],
@@ -395,7 +446,7 @@ impl<T: Scalar> Forward<'_, T> {
         }
         if waits {
             // SAFETY: the caller's promise.
-            unsafe { self.gate_all(c, &statistics, x, out, stats) };
+            unsafe { self.gate_all(c, &statistics, tensors, stats) };
         }
     }
 
@@ -444,19 +495,19 @@ impl<T: Scalar> Forward<'_, T> {
         &self,
         c: usize,
         statistics: &Statistics,
-        x: Source<'_, T>,
-        out: &Planes<'_, T>,
+        tensors: Tensors<'_, T>,
         stats: &mut [f64],
     ) {
         let Some(norm) = &self.unit.norm2 else { return };
+        let Tensors { x, d, out, .. } = tensors;
         let plane = self.geometry.input.plane();
         (stats[2], stats[3]) = (statistics.mean(), statistics.var());
         let channel = Channel::new(norm, c, stats[2], stats[3]);
-        let mut copy = Scratch::new(if self.d.is_some() { 0 } else { plane });
+        let mut copy = Scratch::new(if d.is_some() { 0 } else { plane });
         for n in 0..self.geometry.input.n {
             // SAFETY: the caller's promise; d is in another tensor, or copied before the output is written.
             unsafe {
-                let d = match &self.d {
+                let d = match d {
                     Some(d) => &*d.plane(n, c),
                     None => {
                         copy.copy_from_slice(out.plane(n, c));
@@ -471,8 +522,8 @@ impl<T: Scalar> Forward<'_, T> {
 
 /// Backward of an xUnit, from `grad` at out.
 ///
-/// grad, x and its gradient lie as `layout` says, all else in planes. The norms carry the statistics
-/// that forward used. Errors if a length does not fit.
+/// grad, x, d, p and x's gradient lie as `layout` says. The norms carry the statistics that forward
+/// used. Errors if a length does not fit.
 pub fn xunit_backward<T: Scalar>(
     unit: &XUnit<'_, T>,
     batch: Batch,
@@ -511,35 +562,59 @@ pub fn xunit_backward<T: Scalar>(
     let gx_planes =
         if in_place { Planes::new(&mut *gx, batch) } else { Planes::result(&mut *gx, batch) };
     let sum_planes = Planes::new(&mut sums, Batch { n: 1, c: batch.c, h: 1, w: width });
-    let [d, p] = [d, p].map(|tensor| tensor.map(|tensor| Source::new(tensor, batch)));
     let is_small = small::suits(&geometry, unit.weight);
-    let task = Backward { unit, geometry, is_small, d, p };
+    let task = Backward { unit, geometry, is_small };
     let chunks = small::chunks::<T>(batch, is_small);
-    let each_chunk = |grad: &[T], x: &[T], gx: &Planes<'_, T>| {
-        let (grad, x) = (Source::new(grad, batch), Source::new(x, batch));
+    let each_chunk = |grad: &[T], x: &[T], d: Option<&[T]>, p: Option<&[T]>, gx: &Planes<'_, T>| {
+        let source = |tensor| Source::new(tensor, batch);
+        let u = if dense { p } else { Some(x) };
+        let (grad, x, u, d) = (source(grad), source(x), u.map(source), d.map(source));
         parallel::for_each(threads, chunks.len(), |i| {
+            let tensors = BackwardTensors { grad, x, u, d, gx };
             // SAFETY: this task alone names these channels.
-            unsafe { task.each(chunks.channels(i), grad, x, gx, &sum_planes) };
+            unsafe { task.each(chunks.channels(i), tensors, &sum_planes) };
         });
     };
-    match (layout, small::groups::<T>(batch, is_small, threads)) {
-        (Layout::Planes, _) => each_chunk(grad, x, &gx_planes),
-        (Layout::ChannelsLast, Some(groups)) => parallel::for_each(threads, groups.len(), |i| {
-            let (first, group) = groups.group(i);
-            let (grad, x) = (groups.gather(grad, i), groups.gather(x, i));
-            let (grad, x) = (groups.source(&grad, i), groups.source(&x, i));
-            let mut gx = Scratch::new(group.size());
-            let planes = Planes::group(&mut gx, group, first);
-            // SAFETY: this task alone names these channels, and `planes` are its own.
-            unsafe { task.each(first..first + group.c, grad, x, &planes, &sum_planes) };
-            // SAFETY: this task alone names these channels.
-            unsafe { groups.scatter(&gx, &gx_planes, i) };
-        }),
-        (Layout::ChannelsLast, None) => {
-            let [grad, x] = [grad, x].map(|tensor| groups::to_planes(batch, tensor, threads));
-            let mut gx = memory::filled(batch.size(), T::ZERO);
-            each_chunk(&grad, &x, &Planes::new(&mut gx, batch));
-            groups::from_planes(&gx, &gx_planes, threads);
+    let direct = match layout {
+        Layout::ChannelsLast => Direct::new(unit, &geometry),
+        Layout::Planes => None,
+    };
+    let of_direct = |direct: Direct<'_, T>| {
+        let (d, u) = (d?, if dense { p? } else { x });
+        direct.backward([grad, x, u, d], &gx_planes, threads)
+    };
+    if let Some(found) = direct.and_then(of_direct) {
+        sums = found;
+    } else {
+        match (layout, small::groups::<T>(batch, is_small, threads)) {
+            (Layout::Planes, _) => each_chunk(grad, x, d, p, &gx_planes),
+            (Layout::ChannelsLast, Some(groups)) => {
+                parallel::for_each(threads, groups.len(), |i| {
+                    let (first, group) = groups.group(i);
+                    let gather = |tensor: &[T]| groups.gather(tensor, i);
+                    let (grad, x, d, p) = (gather(grad), gather(x), d.map(gather), p.map(gather));
+                    let mut gx = Scratch::new(group.size());
+                    let planes = Planes::group(&mut gx, group, first);
+                    let x = groups.source(&x, i);
+                    let p = p.as_ref().map(|p| groups.source(p, i));
+                    let d = d.as_ref().map(|d| groups.source(d, i));
+                    let (grad, u) = (groups.source(&grad, i), if dense { p } else { Some(x) });
+                    let tensors = BackwardTensors { grad, x, u, d, gx: &planes };
+                    // SAFETY: this task alone names these channels, and `planes` are its own.
+                    unsafe { task.each(first..first + group.c, tensors, &sum_planes) };
+                    // SAFETY: this task alone names these channels.
+                    unsafe { groups.scatter(&gx, &gx_planes, i) };
+                })
+            }
+            (Layout::ChannelsLast, None) => {
+                let to_planes = |tensor: &[T]| groups::to_planes(batch, tensor, threads);
+                let (grad, x) = (to_planes(grad), to_planes(x));
+                let (d, p) = (d.map(to_planes), p.map(to_planes));
+                let mut gx = memory::filled(batch.size(), T::ZERO);
+                let planes = Planes::new(&mut gx, batch);
+                each_chunk(&grad, &x, d.as_deref(), p.as_deref(), &planes);
+                groups::from_planes(&gx, &gx_planes, threads);
+            }
         }
     }
     let column = |i: usize, factor: f64, to: &mut [T]| {
@@ -580,9 +655,17 @@ struct Backward<'a, T> {
     geometry: Geometry,
     /// As in [`Forward`].
     is_small: bool,
-    /// As [`XUnitSaved`] has them.
+}
+
+/// What they read and write, in planes: all of it, or their channels.
+#[derive(Clone, Copy)]
+struct BackwardTensors<'a, T> {
+    grad: Source<'a, T>,
+    x: Source<'a, T>,
+    /// What the depthwise convolution has taken, before norm 1, and what it has made; `None`: it is in `gx`.
+    u: Option<Source<'a, T>>,
     d: Option<Source<'a, T>>,
-    p: Option<Source<'a, T>>,
+    gx: &'a Planes<'a, T>,
 }
 
 impl<T: Scalar> Backward<'_, T> {
@@ -590,21 +673,19 @@ impl<T: Scalar> Backward<'_, T> {
     ///
     /// # Safety
     /// As there.
-    unsafe fn each<'s>(
-        &'s self,
+    unsafe fn each(
+        &self,
         channels: Range<usize>,
-        grad: Source<'s, T>,
-        x: Source<'s, T>,
-        gx: &'s Planes<'_, T>,
+        tensors: BackwardTensors<'_, T>,
         sums: &Planes<'_, f64>,
     ) {
         // SAFETY: the caller's promise.
         unsafe {
             if self.is_small {
-                return self.channels(channels, grad, x, gx, sums);
+                return self.channels(channels, tensors, sums);
             }
             for c in channels {
-                self.channel(c, grad, x, gx, sums.plane(0, c));
+                self.channel(c, tensors, sums.plane(0, c));
             }
         }
     }
@@ -614,14 +695,7 @@ impl<T: Scalar> Backward<'_, T> {
     ///
     /// # Safety
     /// No other task may name the channel of gx meanwhile.
-    unsafe fn channel<'s>(
-        &'s self,
-        c: usize,
-        grad: Source<'s, T>,
-        x: Source<'s, T>,
-        gx: &'s Planes<'_, T>,
-        sums: &mut [f64],
-    ) {
+    unsafe fn channel(&self, c: usize, tensors: BackwardTensors<'_, T>, sums: &mut [f64]) {
         let Self { unit, geometry, .. } = self;
         let (batch, k, taps) = (geometry.input, unit.kernel, unit.kernel * unit.kernel);
         let count = (batch.n * batch.plane()) as f64;
@@ -629,7 +703,7 @@ impl<T: Scalar> Backward<'_, T> {
         let dense = unit.pointwise.is_some();
         let (sum_weight, sum) = sums.split_at_mut(taps);
         // SAFETY: the caller's promise.
-        let channel = unsafe { ChannelGradient::new(self, c, grad, x, gx) };
+        let channel = unsafe { ChannelGradient::new(unit, c, tensors) };
         let weight = turned(&unit.weight[c * taps..][..taps]);
         let weight = conv::Taps::of_padded(weight, (k, k), batch.h);
         // The gradients on their way to u and, past the gate, to x, where they are added up: of one image, or
@@ -723,12 +797,7 @@ struct ChannelGradient<'a, T> {
     gate: Gate,
     rectifies: bool,
     c: usize,
-    grad: Source<'a, T>,
-    x: Source<'a, T>,
-    /// What the depthwise convolution has taken, before norm 1, and what it has made; `None`: it is in `gx`.
-    u: Option<Source<'a, T>>,
-    d: Option<Source<'a, T>>,
-    gx: &'a Planes<'a, T>,
+    of: BackwardTensors<'a, T>,
     first: Channel<T>,
     second: Channel<T>,
 }
@@ -736,23 +805,12 @@ struct ChannelGradient<'a, T> {
 impl<'a, T: Scalar> ChannelGradient<'a, T> {
     /// # Safety
     /// As [`Backward::channel`], as long as this lives.
-    unsafe fn new(
-        backward: &'a Backward<'_, T>,
-        c: usize,
-        grad: Source<'a, T>,
-        x: Source<'a, T>,
-        gx: &'a Planes<'_, T>,
-    ) -> Self {
-        let Backward { unit, d, p, .. } = backward;
+    unsafe fn new(unit: &XUnit<'_, T>, c: usize, of: BackwardTensors<'a, T>) -> Self {
         Self {
             gate: unit.gate,
             rectifies: unit.variant != Variant::Slim,
             c,
-            grad,
-            x,
-            u: if unit.pointwise.is_some() { *p } else { Some(x) },
-            d: *d,
-            gx,
+            of,
             first: Channel::given(unit.norm1.as_ref(), c),
             second: Channel::given(unit.norm2.as_ref(), c),
         }
@@ -763,7 +821,7 @@ impl<'a, T: Scalar> ChannelGradient<'a, T> {
         match source {
             Some(source) => &source.plane(n, self.c)[pixels],
             // SAFETY: this task alone names channel c, and no other reference to these pixels lives.
-            None => unsafe { &*self.gx.pixels(n, self.c, pixels) },
+            None => unsafe { &*self.of.gx.pixels(n, self.c, pixels) },
         }
     }
 
@@ -772,34 +830,34 @@ impl<'a, T: Scalar> ChannelGradient<'a, T> {
         match source {
             Some(source) => source.plane(n, c).as_ptr(),
             None => {
-                let Planes { batch, first, .. } = *self.gx;
-                self.gx.image(n).wrapping_add((c - first) * batch.plane())
+                let Planes { batch, first, .. } = *self.of.gx;
+                self.of.gx.image(n).wrapping_add((c - first) * batch.plane())
             }
         }
     }
 
     fn u(&self, n: usize, pixels: Range<usize>) -> &[T] {
-        self.saved(self.u, n, pixels)
+        self.saved(self.of.u, n, pixels)
     }
 
     fn d(&self, n: usize, pixels: Range<usize>) -> &[T] {
-        self.saved(self.d, n, pixels)
+        self.saved(self.of.d, n, pixels)
     }
 
     /// The gradients of image n at the gate's argument and, unless `direct` is empty, past the gate. Plane `next`
     /// comes after it.
     fn gate(&self, n: usize, next: (usize, usize), sum: &mut [f64], e: &mut [T], direct: &mut [T]) {
         let (plane, (next, c)) = (0..e.len(), next);
-        let d = self.saved_at(self.d, next, c);
+        let d = self.saved_at(self.of.d, next, c);
         let (bias, scale) = simd::dispatch(GateGradient {
             gate: self.gate,
-            grad: self.grad.plane(n, self.c),
-            x: self.x.plane(n, self.c),
+            grad: self.of.grad.plane(n, self.c),
+            x: self.of.x.plane(n, self.c),
             d: self.d(n, plane),
             affine: self.second.affine,
             direct: (!direct.is_empty()).then(|| Target::new(direct)),
             e,
-            next: [self.grad.plane(next, c).as_ptr(), self.x.plane(next, c).as_ptr(), d],
+            next: [self.of.grad.plane(next, c).as_ptr(), self.of.x.plane(next, c).as_ptr(), d],
         });
         sum[4] += bias;
         sum[3] += scale;
@@ -824,9 +882,9 @@ impl<'a, T: Scalar> ChannelGradient<'a, T> {
         grad: &[T],
         direct: Option<&[T]>,
     ) -> f64 {
-        let x = self.u.map(|u| &u.plane(n, self.c)[pixels.clone()]);
+        let x = self.of.u.map(|u| &u.plane(n, self.c)[pixels.clone()]);
         // SAFETY: this task alone names channel c.
-        let out = unsafe { self.gx.target(n, self.c, pixels) };
+        let out = unsafe { self.of.gx.target(n, self.c, pixels) };
         simd::dispatch(Finish { norm, x, grad, direct, out })
     }
 

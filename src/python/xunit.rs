@@ -226,8 +226,8 @@ fn kernel_of<T: Number>(weight: &View<'_, T>, channels: usize) -> PyResult<usize
 }
 
 /// out = x · g(\[BN\] DW(relu(\[BN\] x))) for "xunit", without relu and inner BN for "slim", with a
-/// 1×1 convolution before them for "dense". x and out have shape (N, C, H, W) or, if channels_last,
-/// (N, H, W, C).
+/// 1×1 convolution before them for "dense". x, out, d and p have shape (N, C, H, W) or, if
+/// channels_last, (N, H, W, C).
 ///
 /// Writes out; d the depthwise and p the pointwise output, where they are not None; the statistics
 /// of each batch norm that uses the batch's. bn1, bn2: None or (weight or None, bias or None, mean,
@@ -279,15 +279,14 @@ fn forward<'py, T: Number>(
     let py = x.py();
     let x = View::<T>::input("x", x)?;
     let batch = batch_of(&x, layout)?;
-    let planes = [batch.n, batch.c, batch.h, batch.w];
     let (pw_weight, pw_bias) =
         (View::read("pw_weight", pw_weight)?, View::read("pw_bias", pw_bias)?);
     let (weight, bias) = (View::read("weight", weight)?, View::read("bias", bias)?);
     let norms = [NormInput::<T>::forward(bn1, batch.c)?, NormInput::forward(bn2, batch.c)?];
     let outputs = [
         View::written("out", out, x.shape())?,
-        View::written("d", d, &planes)?,
-        View::written("p", p, &planes)?,
+        View::written("d", d, x.shape())?,
+        View::written("p", p, x.shape())?,
     ];
     let norms_of = || norms.iter().flatten();
     disjoint(
@@ -437,7 +436,7 @@ fn unit<'a, T: Number>(
 /// bn1, bn2: None or (weight or None, bias or None, mean, var, eps, batch, gradient of weight, of
 /// bias), with the statistics that forward used.
 /// d None ("dense": p None): gx holds it, and takes its place.
-/// channels_last: grad, x and gx have shape (N, H, W, C).
+/// channels_last: grad, x, d, p and gx have shape (N, H, W, C).
 #[pyfunction]
 #[pyo3(signature = (
     variant, gate, grad, x, d, p, pw_weight, weight, bn1, bn2, gx, gpw_weight, gpw_bias, gweight, gbias,
@@ -492,13 +491,11 @@ fn backward<'py, T: Number>(
     let py = x.py();
     let x = View::<T>::input("x", x)?;
     let batch = batch_of(&x, layout)?;
-    let (c, planes) = (batch.c, [batch.n, batch.c, batch.h, batch.w]);
+    let c = batch.c;
     let saved = [View::read("grad", grad)?, View::read("d", d)?, View::read("p", p)?];
-    for ((name, view), shape) in
-        ["grad", "d", "p"].into_iter().zip(&saved).zip([x.shape(), &planes, &planes])
-    {
+    for (name, view) in ["grad", "d", "p"].into_iter().zip(&saved) {
         if let Some(view) = view {
-            view.expect_shape(name, shape)?;
+            view.expect_shape(name, x.shape())?;
         }
     }
     let (pw_weight, weight) = (View::read("pw_weight", pw_weight)?, View::read("weight", weight)?);

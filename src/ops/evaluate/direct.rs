@@ -4,7 +4,8 @@
 use std::ops::Range;
 
 use super::{LEAST_FILTERED, folded_bias, rectifier};
-use crate::kernels::blocked::{GatePixels, Maps, Rectify, padding};
+use crate::kernels::blocked::padding;
+use crate::kernels::channelwise::{Apply, BlocksMut, Maps, Pixels, Rectify};
 use crate::kernels::general::Places;
 use crate::kernels::pixels::{self, Grid, Image};
 use crate::ops::Planes;
@@ -131,10 +132,11 @@ impl Band<'_> {
             None => (Image::new(rows_of(&reached), size, c, channels.clone()), &of.taps[first..]),
             Some(maps) => {
                 u = Scratch::new(size.0 * size.1 * count);
-                let maps =
-                    [&maps.centre, &maps.scale, &maps.shift].map(|map| &map[channels.clone()]);
-                let v = &rows_of(&reached)[first..];
-                simd::dispatch(Rectify { v, step: c, maps, u: &mut u });
+                let v = Pixels::new(&rows_of(&reached)[first..], c);
+                let maps = Some(maps.of(channels.clone()));
+                let to = BlocksMut::new(&mut u, 0, count);
+                let pixels = size.0 * size.1;
+                simd::dispatch(Rectify { v, pixels, maps, channels: count, u: to });
                 // Meanwhile the next band's pixels are asked for, if they lie alike, or those that are there already.
                 let next = match count == c {
                     true => x.as_ptr().wrapping_add(reached.end * w * c),
@@ -158,7 +160,8 @@ impl Band<'_> {
             let first = out.add(rows.start * w * c + first);
             Places::new(first, (w * c, c), (rows.len(), w), count).streamed(stream)
         };
-        let x = &rows_of(&rows)[first..];
-        simd::dispatch(GatePixels { gate: of.unit.gate, x, step: c, d: &d, out });
+        let x = Pixels::new(&rows_of(&rows)[first..], c);
+        let d = Pixels::new(&d, count);
+        simd::dispatch(Apply { gate: of.unit.gate, x, d, maps: None, out });
     }
 }

@@ -3,14 +3,17 @@
 
 use std::ops::Range;
 
-use super::{Backward, Channel, ChannelGradient, Forward, Statistics, Variant, is_training};
+use super::{
+    Backward, BackwardTensors, Channel, ChannelGradient, Forward, Statistics, Tensors, Variant,
+    is_training,
+};
 use crate::kernels::activation::{Affine, Fill, FillGradient};
 use crate::kernels::pixels::{self, Grid};
+use crate::ops::Planes;
 use crate::ops::groups::Groups;
 use crate::ops::pixels::{Chunks, all, grid_of, taps_of};
 use crate::ops::scratch::Scratch;
 use crate::ops::small::{self, from_pixels, image, places, to_pixels};
-use crate::ops::{Planes, Source};
 use crate::parallel::Threads;
 use crate::shape::{Batch, Geometry};
 use crate::simd::{self, Scalar};
@@ -109,14 +112,14 @@ impl<T: Scalar> Forward<'_, T> {
     pub(super) unsafe fn channels(
         &self,
         channels: Range<usize>,
-        x: Source<'_, T>,
-        out: &Planes<'_, T>,
+        tensors: Tensors<'_, T>,
         stats: &Planes<'_, f64>,
     ) {
-        let Self { unit, geometry, p, d, .. } = self;
+        let Self { unit, geometry, .. } = self;
+        let Tensors { x, u, d, out } = tensors;
         let (batch, plane, taps) =
             (geometry.input, geometry.input.plane(), unit.kernel * unit.kernel);
-        let (u, start, count) = (p.unwrap_or(x), channels.start, channels.len());
+        let (start, count) = (channels.start, channels.len());
         let waits = unit.norm2.is_some_and(|norm| norm.stats.is_none());
         // SAFETY: this task alone names these channels.
         let stats = |c: usize| unsafe { stats.plane(0, c) };
@@ -137,7 +140,7 @@ impl<T: Scalar> Forward<'_, T> {
                 let c = start + i;
                 // Where d is not kept but its statistics are awaited, it waits in the output. Copied, as pixels are turned
                 // in the cache: see `to_planes`.
-                if let Some(kept) = d.as_ref().or(waits.then_some(out)) {
+                if let Some(kept) = d.or(waits.then_some(out)) {
                     // SAFETY: this task alone names channel c.
                     unsafe { kept.plane(n, c) }.copy_from_slice(of_channel);
                 }
@@ -153,7 +156,7 @@ impl<T: Scalar> Forward<'_, T> {
         if waits {
             for (c, statistics) in channels.zip(&statistics) {
                 // SAFETY: as above.
-                unsafe { self.gate_all(c, statistics, x, out, stats(c)) };
+                unsafe { self.gate_all(c, statistics, tensors, stats(c)) };
             }
         }
     }
@@ -164,12 +167,10 @@ impl<T: Scalar> Backward<'_, T> {
     ///
     /// # Safety
     /// As there, for these channels; `sums` has a channel of zeros for each.
-    pub(super) unsafe fn channels<'s>(
-        &'s self,
+    pub(super) unsafe fn channels(
+        &self,
         channels: Range<usize>,
-        grad: Source<'s, T>,
-        x: Source<'s, T>,
-        gx: &'s Planes<'_, T>,
+        tensors: BackwardTensors<'_, T>,
         sums: &Planes<'_, f64>,
     ) {
         let Self { unit, geometry, .. } = self;
@@ -179,7 +180,7 @@ impl<T: Scalar> Backward<'_, T> {
         let of = |norm| is_training(norm).then_some((batch.n * plane) as f64);
         // SAFETY: this task alone names these channels.
         let (all, sums) = unsafe {
-            let all = channels.clone().map(|c| ChannelGradient::new(self, c, grad, x, gx));
+            let all = channels.clone().map(|c| ChannelGradient::new(unit, c, tensors));
             (all.collect::<Vec<_>>(), |i: usize| sums.plane(0, start + i))
         };
         // The gradients on their way to u and, past the gate, to x, as in `channel`, image by image.
@@ -222,18 +223,18 @@ impl<T: Scalar> Backward<'_, T> {
                 });
             }
             let at_d = to_pixels(&at_d, plane);
-            let u = match all[0].u {
+            let u = match tensors.u {
                 Some(u) => &u.planes_from(n, start)[..count * plane],
                 // SAFETY: this task alone names these channels, and no other reference to them lives.
-                None => unsafe { &*gx.planes(n, &channels) },
+                None => unsafe { &*tensors.gx.planes(n, &channels) },
             };
             let u = pixels_of(u, plane, relu_of);
             let after = n.saturating_sub(1);
             let next = |saved| all[0].saved_at(saved, after, start);
             simd::dispatch(pixels::WeightGradient {
-                image: image(&u, batch, count, next(all[0].u)),
+                image: image(&u, batch, count, next(tensors.u)),
                 grid,
-                grad: image(&at_d, batch, count, next(all[0].d)),
+                grad: image(&at_d, batch, count, next(tensors.d)),
                 rows: 0..batch.h,
                 taps: true,
                 sums: &mut sums_of_taps,
@@ -245,13 +246,13 @@ impl<T: Scalar> Backward<'_, T> {
                 channel.rectify(n, 0..plane, &mut sums(i)[taps..], &mut on_its_way[at(n, i)]);
             }
         }
-        // Where a gradient at d is not finite, it is NaN in the padding of weights' gradients, which only planes have:
-        // then all of these channels are made of them, for the result to be the same whatever the threads.
-        if !(0..count).all(|i| sums(i)[taps].is_finite()) {
+        // Where sums are not finite, they may be wrong, and those of planes are right: all of these channels are made of
+        // them then, for the result to be the same whatever the threads.
+        if !sums_of_taps.iter().all(|sum| sum.is_finite()) {
             for (i, c) in channels.enumerate() {
                 sums(i).fill(0.0);
                 // SAFETY: the caller's promise; nothing has been written yet to where something is saved.
-                unsafe { self.channel(c, grad, x, gx, sums(i)) };
+                unsafe { self.channel(c, tensors, sums(i)) };
             }
             return;
         }
