@@ -711,13 +711,15 @@ impl<T: Scalar> Kernel<T> for BatchGradient<'_, T> {
     }
 }
 
-/// out += grad · g(map(d))
+/// out = sum + grad · g(map(d))
 pub struct PastGate<'a, T> {
     pub gate: Gate,
     pub grad: Pixels<'a, T>,
     pub d: Pixels<'a, T>,
     pub maps: [&'a [T]; 3],
     /// (pixels, channels)
+    pub sum: &'a [T],
+    /// The same.
     pub out: &'a mut [T],
 }
 
@@ -733,21 +735,159 @@ impl<T: Scalar> Kernel<T> for PastGate<'_, T> {
 impl<T: Scalar> PastGate<'_, T> {
     #[inline(always)]
     fn by<S: Simd<T>>(self, simd: S, gate: Gate) {
-        let Self { grad, d, maps, out, .. } = self;
+        let Self { grad, d, maps, sum, out, .. } = self;
         let (channels, lanes) = (maps[0].len(), simd.lanes());
         assert!(channels > 0 && channels.is_multiple_of(lanes));
-        assert!(out.len().is_multiple_of(channels) && maps.iter().all(|map| map.len() == channels));
+        assert!(out.len().is_multiple_of(channels) && sum.len() == out.len());
+        assert!(maps.iter().all(|map| map.len() == channels));
         assert!([grad, d].iter().all(|of| of.holds(out.len() / channels, channels)));
         for (pixel, out) in out.chunks_exact_mut(channels).enumerate() {
             for c in (0..channels).step_by(lanes) {
                 // SAFETY: whole vectors of what is there, by the assertions above.
                 unsafe {
+                    for of in [grad, d] {
+                        simd.prefetch(of.ahead(pixel, c, channels));
+                    }
                     let d = mapped(simd, load_all(simd, maps, c), simd.load(d.at(pixel, c)));
-                    let to = out.as_mut_ptr().add(c);
-                    let grad = simd.load(grad.at(pixel, c));
-                    simd.store(simd.fma(grad, gate.value(simd, d), simd.load(to)), to);
+                    let sum = simd.load(sum.as_ptr().add(pixel * channels + c));
+                    let v = simd.fma(simd.load(grad.at(pixel, c)), gate.value(simd, d), sum);
+                    simd.store(v, out.as_mut_ptr().add(c));
                 }
             }
         }
+    }
+}
+
+/// Weights of a convolution 1 × 1, packed for [`Mix`], and its bias.
+#[derive(Debug)]
+pub struct MixWeights<T> {
+    inputs: usize,
+    /// (groups of outputs, inputs, outputs of the group): a group is [`MIXED`] vectors, the last may be
+    /// one.
+    packed: Vec<T>,
+    bias: Vec<T>,
+}
+
+/// Vectors of output channels of a register tile of a [`Mix`].
+const MIXED: usize = 2;
+
+impl<T: Scalar> MixWeights<T> {
+    /// `weight` is (outputs, inputs), `bias` (outputs), both whole blocks.
+    pub fn new(weight: &[T], bias: Vec<T>, lanes: usize) -> Self {
+        let (outputs, group) = (bias.len(), MIXED * lanes);
+        let inputs = weight.len() / outputs;
+        assert!(outputs % lanes == 0 && weight.len() == inputs * outputs);
+        let mut packed = vec![T::ZERO; weight.len()];
+        for (o, row) in weight.chunks_exact(inputs).enumerate() {
+            let first = o / group * group;
+            let size = group.min(outputs - first);
+            for (i, &value) in row.iter().enumerate() {
+                packed[first * inputs + i * size + o - first] = value;
+            }
+        }
+        Self { inputs, packed, bias }
+    }
+}
+
+/// out = bias + weight · x, or relu of it, pixel by pixel: (pixels, channels) each.
+pub struct Mix<'a, T> {
+    pub weights: &'a MixWeights<T>,
+    pub x: &'a [T],
+    pub out: &'a mut [T],
+    pub relu: bool,
+}
+
+impl<T: Scalar> Kernel<T> for Mix<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<T>>(self, simd: S) {
+        match self.relu {
+            true => self.all::<S, true>(simd),
+            false => self.all::<S, false>(simd),
+        }
+    }
+}
+
+impl<T: Scalar> Mix<'_, T> {
+    #[inline(always)]
+    fn all<S: Simd<T>, const RELU: bool>(mut self, simd: S) {
+        let (inputs, outputs) = (self.weights.inputs, self.weights.bias.len());
+        let (lanes, pixels) = (simd.lanes(), self.x.len() / inputs);
+        assert!(self.x.len() == pixels * inputs && self.out.len() == pixels * outputs);
+        assert!(outputs % lanes == 0);
+        let mut o = 0;
+        // A group after the other, whose weights stay in the first-level cache.
+        while o < outputs {
+            let pair = outputs - o >= MIXED * lanes;
+            let mut t = 0;
+            while t < pixels {
+                let left = pixels - t;
+                // SAFETY: these pixels and channels are there, by the assertions above.
+                unsafe {
+                    // 12 × 2 accumulators and their operands fit 32 registers, 6 × 2 fit 16.
+                    t += match (left, pair) {
+                        (12.., true) if const { S::TILE_VECTORS == 4 } => {
+                            self.tile::<S, 12, MIXED, RELU>(simd, t, o)
+                        }
+                        (12.., false) if const { S::TILE_VECTORS == 4 } => {
+                            self.tile::<S, 12, 1, RELU>(simd, t, o)
+                        }
+                        (6.., true) => self.tile::<S, 6, MIXED, RELU>(simd, t, o),
+                        (6.., false) => self.tile::<S, 6, 1, RELU>(simd, t, o),
+                        (_, true) => self.tile::<S, 1, MIXED, RELU>(simd, t, o),
+                        (_, false) => self.tile::<S, 1, 1, RELU>(simd, t, o),
+                    };
+                }
+            }
+            o += if pair { MIXED * lanes } else { lanes };
+        }
+    }
+
+    /// R pixels and V vectors of outputs. Returns R.
+    ///
+    /// # Safety
+    /// What `run` asserts; pixels and channels must be inside.
+    #[inline(always)]
+    unsafe fn tile<S: Simd<T>, const R: usize, const V: usize, const RELU: bool>(
+        &mut self,
+        simd: S,
+        t: usize,
+        o: usize,
+    ) -> usize {
+        let (MixWeights { inputs, packed, bias }, lanes) = (self.weights, simd.lanes());
+        let (inputs, outputs, zero) = (*inputs, bias.len(), simd.splat(T::ZERO));
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut acc = [[zero; V]; R];
+            for v in 0..V {
+                let bias = simd.load(bias.as_ptr().add(o + v * lanes));
+                for acc in &mut acc {
+                    acc[v] = bias;
+                }
+            }
+            let x = self.x.as_ptr().add(t * inputs);
+            let w = packed.as_ptr().add(o * inputs);
+            for i in 0..inputs {
+                let mut weight = [zero; V];
+                for (v, weight) in weight.iter_mut().enumerate() {
+                    *weight = simd.load(w.add((i * V + v) * lanes));
+                }
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let x = simd.splat(*x.add(r * inputs + i));
+                    for v in 0..V {
+                        acc[v] = simd.fma(x, weight[v], acc[v]);
+                    }
+                }
+            }
+            let out = self.out.as_mut_ptr().add(t * outputs + o);
+            for (r, acc) in acc.iter().enumerate() {
+                for (v, &acc) in acc.iter().enumerate() {
+                    let acc = if RELU { simd.select_le_zero(acc, zero, acc) } else { acc };
+                    simd.store(acc, out.add(r * outputs + v * lanes));
+                }
+            }
+        }
+        R
     }
 }

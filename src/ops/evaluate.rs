@@ -13,8 +13,8 @@ use super::scratch::Scratch;
 use super::xunit::{Channel, POINTWISE_WORK, Variant, XUnit, check};
 use super::{Planes, expect_len};
 use crate::kernels::activation::Affine;
-use crate::kernels::blocked::{GateWeights, Gated, Mix, MixWeights, Row, RowMut, padding};
-use crate::kernels::channelwise::Maps;
+use crate::kernels::blocked::{GateWeights, Gated, Row, RowMut, padding};
+use crate::kernels::channelwise::{Maps, Mix, MixWeights};
 use crate::parallel::{self, Threads};
 use crate::shape::{Batch, ShapeError, shape_error};
 use crate::simd;
@@ -62,7 +62,7 @@ fn block(unit: &XUnit<'_, f32>, first: usize, lanes: usize) -> GateWeights {
 }
 
 /// relu(\[BN\] PW x) of xUnitD, batch norm folded into the weights.
-fn pointwise(unit: &XUnit<'_, f32>, pointwise: &Pointwise<'_, f32>, c: usize) -> MixWeights {
+fn pointwise(unit: &XUnit<'_, f32>, pointwise: &Pointwise<'_, f32>, c: usize) -> MixWeights<f32> {
     let mut weight = pointwise.weight.to_vec();
     let mut bias = Vec::new();
     for (o, row) in weight.chunks_exact_mut(c).enumerate() {
@@ -93,7 +93,7 @@ impl Mixed {
     }
 
     /// Slides down to `rows`, which are made of an image of x, (H, W, C), unless they were there.
-    fn slide(&mut self, rows: Range<usize>, weights: &MixWeights, x: &[f32], w: usize) {
+    fn slide(&mut self, rows: Range<usize>, weights: &MixWeights<f32>, x: &[f32], w: usize) {
         let (len, c) = (self.len(), self.c);
         let kept = self.rows.end.saturating_sub(rows.start);
         if kept > 0 {
@@ -102,7 +102,7 @@ impl Mixed {
         }
         for (y, out) in rows.clone().zip(self.data.chunks_exact_mut(len)).skip(kept) {
             let x = &x[(y * w + self.columns.start) * c..][..len];
-            simd::dispatch(Mix { weights, x, out });
+            simd::dispatch(Mix { weights, x, out, relu: true });
         }
         self.rows = rows;
     }

@@ -8,6 +8,7 @@ use super::scratch::Scratch;
 use super::{Planes, plane};
 use crate::kernels::MAX_LANES;
 use crate::kernels::activation::{Affine, Apply, Gate, PastGate, Target};
+use crate::kernels::channelwise::{self, Maps, Mix, MixWeights, Pixels};
 use crate::kernels::product::{Columns, Inner, Packed, Rows, RowsMut, Start};
 use crate::kernels::transpose::Transpose;
 use crate::parallel::{self, Threads};
@@ -25,15 +26,31 @@ pub struct Pointwise<'a, T> {
 /// many.
 const PANEL: usize = 1024;
 
-/// The panels of a batch: of each image, as many as its pixels fill.
+/// The least pixels of a panel in channels_last, where they may be of several images, and the panels that there should
+/// be, for threads to share.
+const LEAST_PANEL: usize = 192;
+const PANELS: usize = 16;
+
+/// The panels of a batch: of each image, as many as its pixels fill. All images in channels_last are one.
 struct Panels {
     batch: Batch,
     per_image: usize,
+    /// Pixels of a panel, or less of the last one.
+    most: usize,
 }
 
 impl Panels {
-    fn new(batch: Batch) -> Self {
-        Self { batch, per_image: batch.plane().div_ceil(PANEL) }
+    fn new(batch: Batch, layout: Layout) -> Self {
+        let all = batch.n * batch.plane();
+        match layout {
+            Layout::Planes => Self { batch, per_image: batch.plane().div_ceil(PANEL), most: PANEL },
+            Layout::ChannelsLast => {
+                let most = all.div_ceil(PANELS).clamp(LEAST_PANEL, PANEL);
+                let most = all.div_ceil(all.div_ceil(most));
+                let batch = Batch { n: 1, h: 1, w: all, ..batch };
+                Self { batch, per_image: all.div_ceil(most), most }
+            }
+        }
     }
 
     fn len(&self) -> usize {
@@ -42,8 +59,8 @@ impl Panels {
 
     /// The pixels of panel `i`, from the first element of its image's first channel on.
     fn pixels(&self, i: usize) -> (usize, Range<usize>) {
-        let start = i % self.per_image * PANEL;
-        (i / self.per_image, start..self.batch.plane().min(start + PANEL))
+        let start = i % self.per_image * self.most;
+        (i / self.per_image, start..self.batch.plane().min(start + self.most))
     }
 
     /// The rows of panel `i` in a tensor.
@@ -77,11 +94,16 @@ impl Panels {
         self.pixels(i).1.len().next_multiple_of(MAX_LANES) | MAX_LANES
     }
 
-    /// Panel i of a tensor in channels_last, copied to rows.
-    fn gather<T: Scalar>(&self, tensor: &[T], i: usize) -> Scratch<T> {
+    /// The pixels of panel i of a tensor in channels_last, all channels.
+    fn pixels_of<'a, T>(&self, tensor: &'a [T], i: usize) -> &'a [T] {
         let (Batch { c, .. }, plane) = (self.batch, self.batch.plane());
         let (n, pixels) = self.pixels(i);
-        self.rows_from(&tensor[(n * plane + pixels.start) * c..][..pixels.len() * c], i)
+        &tensor[(n * plane + pixels.start) * c..][..pixels.len() * c]
+    }
+
+    /// The same, copied to rows.
+    fn gather<T: Scalar>(&self, tensor: &[T], i: usize) -> Scratch<T> {
+        self.rows_from(self.pixels_of(tensor, i), i)
     }
 
     /// The pixels of panel i, all channels, copied to rows.
@@ -112,6 +134,12 @@ impl Panels {
     }
 }
 
+/// Whether pixels are multiplied as they lie.
+fn is_mixed<T: Scalar>(batch: Batch, layout: Layout) -> bool {
+    let is_whole = batch.c.is_multiple_of(simd::selected_lanes::<T>());
+    layout == Layout::ChannelsLast && is_whole && size_of::<T>() == size_of::<f32>()
+}
+
 /// What goes past the gate to x: grad · g(d).
 pub(super) struct Past<'a, T> {
     pub gate: Gate,
@@ -133,13 +161,24 @@ impl<T: Scalar> Pointwise<'_, T> {
         threads: Threads,
     ) {
         let weight = Packed::new(self.weight, batch.c, batch.c);
-        let (panels, p) = (Panels::new(batch), Planes::new(p, batch));
+        let mixed = is_mixed::<T>(batch, layout).then(|| {
+            let bias = self.bias.map_or_else(|| vec![T::ZERO; batch.c], <[T]>::to_vec);
+            MixWeights::new(self.weight, bias, simd::selected_lanes::<T>())
+        });
+        let panels = Panels::new(batch, layout);
+        let p = Planes::new(p, panels.batch);
         parallel::for_each(threads, panels.len(), |i| {
             let start = self.bias.map_or(Start::Zero, Start::Bias);
             if layout == Layout::Planes {
                 // SAFETY: this task alone names panel i.
                 let c = unsafe { panels.rows_mut(&p, i) };
                 simd::dispatch(Columns { a: &weight, b: panels.rows(x, i), start, c });
+                return;
+            }
+            if let Some(weights) = &mixed {
+                // SAFETY: this task alone names panel i.
+                let out = unsafe { panels.pixels_mut(&p, i) };
+                simd::dispatch(Mix { weights, x: panels.pixels_of(x, i), out, relu: false });
                 return;
             }
             let x = panels.gather(x, i);
@@ -171,7 +210,13 @@ impl<T: Scalar> Pointwise<'_, T> {
     ) {
         let c = batch.c;
         let weight = Packed::transposed(self.weight, c, c);
-        let (panels, gx) = (Panels::new(batch), Planes::new(gx, batch));
+        let mixed = is_mixed::<T>(batch, layout).then(|| {
+            let turned: Vec<_> = (0..c * c).map(|i| self.weight[i % c * c + i / c]).collect();
+            let weights = MixWeights::new(&turned, vec![T::ZERO; c], simd::selected_lanes::<T>());
+            (weights, Maps::new(past.affine.iter().copied()))
+        });
+        let panels = Panels::new(batch, layout);
+        let gx = Planes::new(gx, panels.batch);
         // A few partial sums whatever the threads: their number fixes the order of the additions.
         let parts = panels.len().min(16);
         let mut sums = vec![0.0; parts * c * c];
@@ -212,6 +257,19 @@ impl<T: Scalar> Pointwise<'_, T> {
                 let mut copy = panels.gather(x, i);
                 let gp = panels.rows_of_copy(&gp, i);
                 simd::dispatch(Inner { a: gp, b: panels.rows_of_copy(&copy, i), sum: &mut *sum });
+                if let Some((weights, maps)) = &mixed {
+                    let mut sum = Scratch::new(to.len());
+                    simd::dispatch(Mix { weights, x: to, out: &mut sum, relu: false });
+                    simd::dispatch(channelwise::PastGate {
+                        gate: past.gate,
+                        grad: Pixels::new(panels.pixels_of(past.grad, i), c),
+                        d: Pixels::new(panels.pixels_of(past.d, i), c),
+                        maps: maps.of(0..c),
+                        sum: &sum,
+                        out: to,
+                    });
+                    continue;
+                }
                 // x has been read: its copy takes the gradient.
                 let (grad, d) = (panels.gather(past.grad, i), panels.gather(past.d, i));
                 let rows = grad.chunks_exact(ld).zip(d.chunks_exact(ld));
