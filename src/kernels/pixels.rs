@@ -5,9 +5,8 @@
 //! every loaded pixel meets the taps of all outputs that it reaches; what lies outside of the image is left out. So
 //! nothing is copied, padded or laid out anew, and memory is read and written in order. Time over that by
 //! [`super::conv`]'s blocks, which are copied (Xeon, one thread, 64 × 64 and 56 × 56): forward 0.57 to 0.66 of K = 3,
-//! 0.53 to 0.6 of 5, 0.7 of 7, 0.77 of 9; input gradient 0.5 to 0.7; weight gradient 0.54 to 0.64 of 3, 0.6 to 0.8 of
-//! 5, the same of 7. That of 9 takes 1.1 to 1.2 times as long with a stride of 1, as rows come from the second-level
-//! cache once for each row of taps: it is for images that the first-level cache holds.
+//! 0.53 to 0.6 of 5, 0.7 of 7, 0.77 of 9; input gradient 0.5 to 0.7. In the weight gradient it is the
+//! gradients of a row that stay in registers: see [`Columns::shifted`].
 
 use std::hint::black_box;
 use std::ops::Range;
@@ -667,7 +666,7 @@ impl<T: Scalar> Columns<'_, T> {
     ) {
         let Self { image, grid, grad, c, y, sums, .. } = *self;
         let lanes = simd.lanes();
-        let row = grid.origin.0 + (y + i) as isize;
+        let row = grid.origin.0 + (y * grid.stride.0 + i) as isize;
         let mut next = self.ahead::<S, 1>(simd, &columns);
         let mut input = image.at(row, columns.start as isize).wrapping_add(c);
         let zeros = [T::ZERO; MAX_LANES];

@@ -3,8 +3,8 @@
 //!
 //! The task is a channel: all its planes in a fixed order on one thread, so that every sum has one
 //! order whatever the thread count, and the planes of a channel stay in cache from one pass to the
-//! next. But where channels are mixed or lie next to each other, and nothing is added up over planes, it is a
-//! tile of all channels, and where planes are small some channels, of some images or of all.
+//! next. But where channels are mixed or lie next to each other it is a tile of all channels, or of many, whose sums
+//! are added in a fixed order, and where planes are small some channels, of some images or of all.
 
 mod channels_last;
 mod dense;
@@ -174,6 +174,11 @@ impl<'a, T> Source<'a, T> {
     fn planes_from(&self, n: usize, c: usize) -> &'a [T] {
         from_plane(self.tensor, self.batch, n, c - self.first)
     }
+}
+
+/// Part i of so many of what is counted from 0 to `all`.
+fn part(i: usize, parts: usize, all: usize) -> Range<usize> {
+    i * all / parts..(i + 1) * all / parts
 }
 
 /// Plane (n, c) of a tensor of this shape.

@@ -3,8 +3,8 @@
 
 use std::ops::Range;
 
-use super::Planes;
 use super::scratch::Scratch;
+use super::{Planes, part};
 use crate::kernels::general::Places;
 use crate::kernels::pixels::{self, Grid, Image};
 use crate::kernels::transpose::Transpose;
@@ -76,7 +76,14 @@ impl Chunks {
 
     /// Groups of so many parts of the work that are added up one by one, whatever the threads.
     pub(super) fn groups(&self, parts: usize) -> usize {
-        parts.min(SUMS.div_ceil(self.len()))
+        // Chunks of many channels have many sums.
+        let most = (SUMS * CHUNK / self.channels).max(TASKS.div_ceil(self.len()));
+        parts.min(SUMS.div_ceil(self.len())).min(most)
+    }
+
+    /// The chunk that has a channel.
+    pub(super) fn of(&self, c: usize) -> usize {
+        (c / self.chunk).min(self.len() - 1)
     }
 }
 
@@ -118,7 +125,7 @@ impl Tasks {
     }
 
     fn strip(&self, strip: usize) -> Range<usize> {
-        strip * self.rows / self.strips..(strip + 1) * self.rows / self.strips
+        part(strip, self.strips, self.rows)
     }
 
     /// Tasks of a chunk.
@@ -355,7 +362,7 @@ impl TapSums {
         let (taps, lanes) = (self.kernel.0 * self.kernel.1, self.lanes);
         // Where the taps of a channel are, `lanes` apart, and after them the bias.
         let at = |c: usize| {
-            let chunk = (c / self.chunks.chunk).min(self.chunks.len() - 1);
+            let chunk = self.chunks.of(c);
             let channels = self.chunks.channels(chunk);
             chunk * self.len + pixels::place(c - channels.start, channels.len(), lanes, taps, 0)
         };
@@ -404,8 +411,8 @@ pub(super) fn parameters<T: Scalar>(
         // SAFETY: this task alone names them.
         let sums = unsafe { &mut planes.plane(group, chunk)[..len] };
         let mut scratch = Scratch::new(len);
-        for part in group * parts / groups..(group + 1) * parts / groups {
-            let (n, rows) = tasks.part(part);
+        for i in part(group, groups, parts) {
+            let (n, rows) = tasks.part(i);
             simd::dispatch(pixels::WeightGradient {
                 image: image(x, input, n, channels.clone()),
                 grid,

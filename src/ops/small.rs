@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::pixels::{Chunks, Phase, Pixels, TapSums, all, grid_of, is_direct, taps_of};
 use super::scratch::Scratch;
-use super::{DepthwiseGradients, Planes};
+use super::{DepthwiseGradients, Planes, part};
 use crate::kernels::activation::{CopyOut, Target};
 use crate::kernels::general::Places;
 use crate::kernels::pixels::{self, Image};
@@ -144,7 +144,7 @@ pub(super) fn forward<T: Scalar>(
         let weight = &weight[channels.start * kernel..channels.end * kernel];
         let taps = taps_of(weight, grid.kernel, &all(conv.kh), &all(conv.kw));
         let mut to = Scratch::<T>::new(output.plane() * c);
-        for n in group * input.n / groups..(group + 1) * input.n / groups {
+        for n in part(group, groups, input.n) {
             let next = planes_from(x, input, n + 1, channels.start);
             let x = to_pixels(chunk_of(x, input, n, &channels), input.plane());
             // SAFETY: all of it.
@@ -167,8 +167,8 @@ pub(super) unsafe fn places<T: Scalar>(to: &mut [T], batch: Batch, c: usize) -> 
 }
 
 /// [`super::depthwise_backward`]: a task is a chunk of channels of some images. Returns whether the gradients that were
-/// asked for are all made: those to weight and bias not where others take less time, or where `grad` is not finite and
-/// they would be NaN in the padding.
+/// asked for are all made: those to weight and bias not where others take less time, or where they are not finite, as
+/// then they may be wrong.
 pub(super) fn backward<T: Scalar>(
     geometry: &Geometry,
     grad: &[T],
@@ -203,7 +203,7 @@ pub(super) fn backward<T: Scalar>(
         let mut sums = sum_planes
             .as_ref()
             .map(|planes| unsafe { (&mut planes.plane(group, chunk)[..len], Scratch::new(len)) });
-        for n in group * input.n / groups..(group + 1) * input.n / groups {
+        for n in part(group, groups, input.n) {
             let next = planes_from(grad, output, n + 1, channels.start);
             let grad = to_pixels(chunk_of(grad, output, n, &channels), output.plane());
             let grad = image(&grad, output, c, next);

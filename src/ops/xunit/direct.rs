@@ -17,9 +17,9 @@ use crate::kernels::channelwise::{
 use crate::kernels::general::Places;
 use crate::kernels::pixels::{self, Grid, Image};
 use crate::memory;
-use crate::ops::Planes;
 use crate::ops::pixels::{TapSums, Tasks, all, chunk_of, grid_of, is_direct, taps_of};
 use crate::ops::scratch::Scratch;
+use crate::ops::{Planes, part};
 use crate::parallel::{self, Threads};
 use crate::shape::{Batch, Geometry};
 use crate::simd::{self, Scalar};
@@ -76,8 +76,7 @@ impl<'a, T: Scalar> Direct<'a, T> {
         let channels = tasks.chunks.channels(chunk);
         let step = self.most_rows(channels.len());
         let (halo, h) = (self.unit.kernel / 2, self.batch.h);
-        let group = group * parts / self.groups..(group + 1) * parts / self.groups;
-        group.flat_map(move |part| {
+        part(group, self.groups, parts).flat_map(move |part| {
             let (n, all) = tasks.part(part);
             let channels = channels.clone();
             all.clone().step_by(step).map(move |start| {
@@ -104,8 +103,7 @@ impl<'a, T: Scalar> Direct<'a, T> {
         c: usize,
     ) -> impl Iterator<Item = [f64; N]> {
         let chunks = self.tasks.chunks;
-        let chunk = (0..chunks.len()).find(|&i| chunks.channels(i).contains(&c));
-        let chunk = chunk.expect("one of the channels");
+        let chunk = chunks.of(c);
         let first = c - chunks.channels(chunk).start;
         let Batch { c: count, h, w, .. } = sums.batch;
         let of_group = sums.sums.chunks_exact(count * h * w);
