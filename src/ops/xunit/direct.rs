@@ -24,14 +24,18 @@ use crate::parallel::{self, Threads};
 use crate::shape::{Batch, Geometry};
 use crate::simd::{self, Scalar};
 
-/// Bytes of a band's rows of outputs, about.
+/// Bytes of a band's rows of outputs, about: 64 to 256 KiB take the same time within 4 % (Zen 4, one thread, 40 to 64
+/// columns of 64 channels).
 const BYTES: usize = 128 << 10;
 /// The least rows of a band.
 const LEAST_ROWS: usize = 4;
-/// The widest images: bands are as wide.
+/// The widest images, as in evaluation: bands are as wide.
 const WIDEST: usize = 1024;
 
-/// A unit that this takes less time for, and how it is split.
+/// A unit that is taken so, and how it is split. Time over that of planes, some channels at a time, which all others
+/// take (Zen 4, one thread, training, k = 3 to 9): at 7 × 7 and 14 × 14 0.6 to 0.8, of many images of 40 × 40, where
+/// those planes are large, 0.6 to 0.8, at 64 × 64 and 256 × 256 xUnitS 0.7 to 1.0, xUnit 0.95 to 1.16, xUnitD 0.7 to 0.9;
+/// on two threads less.
 pub(super) struct Direct<'a, T> {
     unit: &'a XUnit<'a, T>,
     batch: Batch,
