@@ -310,10 +310,7 @@ pub fn xunit_forward<T: Scalar>(
             unsafe { task.each(chunks.channels(i), tensors, &stats_planes) };
         });
     };
-    let direct = match layout {
-        Layout::ChannelsLast => Direct::new(unit, &geometry),
-        Layout::Planes => None,
-    };
+    let direct = Direct::new(unit, &geometry, layout);
     if let Some(direct) = direct {
         direct.forward(x, p, d, &out_planes, &mut stats, threads);
     } else {
@@ -575,10 +572,7 @@ pub fn xunit_backward<T: Scalar>(
             unsafe { task.each(chunks.channels(i), tensors, &sum_planes) };
         });
     };
-    let direct = match layout {
-        Layout::ChannelsLast => Direct::new(unit, &geometry),
-        Layout::Planes => None,
-    };
+    let direct = Direct::new(unit, &geometry, layout);
     let of_direct = |direct: Direct<'_, T>| {
         let (d, u) = (d?, if dense { p? } else { x });
         direct.backward([grad, x, u, d], &gx_planes, threads)

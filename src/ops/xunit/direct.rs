@@ -19,7 +19,7 @@ use crate::kernels::pixels::{self, Grid, Image};
 use crate::memory;
 use crate::ops::pixels::{TapSums, Tasks, all, chunk_of, grid_of, is_direct, taps_of};
 use crate::ops::scratch::Scratch;
-use crate::ops::{Planes, part};
+use crate::ops::{Layout, Planes, part};
 use crate::parallel::{self, Threads};
 use crate::shape::{Batch, Geometry};
 use crate::simd::{self, Scalar};
@@ -46,11 +46,12 @@ pub(super) struct Direct<'a, T> {
 }
 
 impl<'a, T: Scalar> Direct<'a, T> {
-    pub(super) fn new(unit: &'a XUnit<'a, T>, geometry: &Geometry) -> Option<Self> {
+    pub(super) fn new(unit: &'a XUnit<'a, T>, geometry: &Geometry, layout: Layout) -> Option<Self> {
         let batch = geometry.input;
         let Batch { n, c, h, w } = batch;
         let is_whole = c.is_multiple_of(simd::selected_lanes::<T>());
-        if !is_whole || w > WIDEST || !is_direct(geometry, unit.weight) {
+        let is_read_so = layout == Layout::ChannelsLast && is_direct(geometry, unit.weight);
+        if !is_read_so || !is_whole || w > WIDEST {
             return None;
         }
         let tasks = Tasks::new::<T>(n, h, c, chunk_of::<T>(batch));
@@ -357,7 +358,8 @@ impl<'a, T: Scalar> Direct<'a, T> {
             (0..c).map(|c| Channel::given(norm.as_ref(), c)).collect()
         };
         let (first, second) = (of(&unit.norm1), of(&unit.norm2));
-        let (maps1, maps2) = (self.given(&unit.norm1), self.given(&unit.norm2));
+        let maps = |norm: &[Channel<T>]| Maps::new(norm.iter().map(|channel| channel.affine));
+        let (maps1, maps2) = (maps(&first), maps(&second));
         let gradients = |norm: &[Channel<T>], training, sums: &[[f64; 2]]| {
             let training = if training { Some(count) } else { None };
             let of = |(channel, sums): (&Channel<T>, &[f64; 2])| channel.gradient(training, *sums);
