@@ -64,6 +64,7 @@ fn inner(bencher: Bencher, (c, n): (usize, usize)) {
             a: Rows::new(&grad, c, PLANE, n),
             b: Rows::new(&x, c, PLANE, n),
             sum: &mut sum,
+            next: &[],
         });
     });
 }

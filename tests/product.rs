@@ -193,8 +193,10 @@ fn inner_of<T: Scalar>(failures: &mut Failures, (m, k, n): (usize, usize, usize)
         let (a, b) = (spread(&a, lda), spread(&b, ldb));
         for isa in available() {
             let mut sum = vec![1.0; m * k];
+            // What is asked for may be anywhere, and nowhere.
+            let next = [a.as_ptr_range().end, std::ptr::null()];
             let (a, b) = (Rows::new(&a, m, lda, n), Rows::new(&b, k, ldb, n));
-            T::dispatch(isa, Inner { a, b, sum: &mut sum });
+            T::dispatch(isa, Inner { a, b, sum: &mut sum, next: &next });
             let sum: Vec<T> = sum.into_iter().map(T::from_f64).collect();
             let case = format!("{} {isa}: {m}×{k}×{n}, strides {lda}, {ldb}", size_of::<T>());
             failures.check(&sum, &want, scale, &case);
@@ -213,7 +215,7 @@ fn a_long_inner_product_keeps_its_digits() {
     for isa in available() {
         let mut sum = [0.0];
         let rows = Rows::new(&a, 1, n, n);
-        f32::dispatch(isa, Inner { a: rows, b: rows, sum: &mut sum });
+        f32::dispatch(isa, Inner { a: rows, b: rows, sum: &mut sum, next: &[] });
         let error = (sum[0] - want).abs() / want;
         assert!(error < 2e-7, "{isa}: relative error {error:e}");
     }

@@ -34,6 +34,27 @@ pub fn row_length(ow: usize, kw: usize) -> usize {
 /// Rows of taps that have strips.
 const STRIPS: [usize; 5] = [3, 5, 7, 9, 11];
 
+/// What the caller reads after this: asked for meanwhile, and not read, so that it may be anywhere.
+#[derive(Clone, Copy, Debug)]
+pub struct Next<T> {
+    pub memory: *const [T],
+    /// Whether at once, so that the first-level cache should have it if it is not too much for that.
+    pub soon: bool,
+}
+
+impl<T> Next<T> {
+    /// Not at once: the second-level cache should have it.
+    pub fn later(memory: *const [T]) -> Self {
+        Self { memory, soon: false }
+    }
+}
+
+impl<T> From<&[T]> for Next<T> {
+    fn from(memory: &[T]) -> Self {
+        Self { memory, soon: true }
+    }
+}
+
 /// The taps of a plane or block.
 pub struct Taps<T> {
     /// kh × kw, each of `block` channels.
@@ -181,8 +202,7 @@ pub struct Forward<'a, T> {
     pub ow: usize,
     /// [`Taps::scratch`] elements.
     pub scratch: &'a mut [T],
-    /// What the caller will read next: asked for meanwhile.
-    pub next: &'a [T],
+    pub next: Next<T>,
     /// Made meanwhile: what was computed before, mostly.
     pub copy: CopyOut<'a, T>,
 }
@@ -573,11 +593,11 @@ struct Ahead<T> {
 impl<T: Scalar> Ahead<T> {
     const LINE: usize = 64 / size_of::<T>();
 
-    /// `slice`, in about `steps` parts.
+    /// In about `steps` parts, to the second-level cache.
     #[inline(always)]
-    fn new(slice: &[T], steps: usize) -> Self {
-        let left = slice.len().div_ceil(Self::LINE);
-        Self { ptr: slice.as_ptr(), left, step: left.div_ceil(steps.max(1)), near: false }
+    fn new(memory: *const [T], steps: usize) -> Self {
+        let left = memory.len().div_ceil(Self::LINE);
+        Self { ptr: memory.cast(), left, step: left.div_ceil(steps.max(1)), near: false }
     }
 
     #[inline(always)]
@@ -607,9 +627,9 @@ struct Even<T> {
 impl<T: Scalar> Even<T> {
     /// Both, if they are as long, in about so many steps of at most a line; for nothing, what is `at_hand`.
     #[inline(always)]
-    fn new(next: [&[T]; 2], steps: usize, at_hand: &[T]) -> Self {
-        let len = size_of_val(next[0]).max(size_of_val(next[1]));
-        let from = next.map(|next| if next.is_empty() { at_hand } else { next }.as_ptr());
+    fn new(next: [*const [T]; 2], steps: usize, at_hand: &[T]) -> Self {
+        let len = next[0].len().max(next[1].len()) * size_of::<T>();
+        let from = next.map(|next| if next.is_empty() { at_hand } else { next }.cast());
         Self { from, at: 0, step: len.div_ceil(steps.max(1)).min(64) }
     }
 
@@ -635,8 +655,13 @@ pub(super) struct Meanwhile<'a, T> {
 impl<'a, T: Scalar> Meanwhile<'a, T> {
     /// In about `steps` parts.
     #[inline(always)]
-    pub(super) fn new<S: Simd<T>>(simd: S, next: &[T], copy: CopyOut<'a, T>, steps: usize) -> Self {
-        Self { next: Ahead::new(next, steps), copying: Copying::new(simd, copy, steps) }
+    pub(super) fn new<S: Simd<T>>(
+        simd: S,
+        next: Next<T>,
+        copy: CopyOut<'a, T>,
+        steps: usize,
+    ) -> Self {
+        Self { next: Ahead::new(next.memory, steps), copying: Copying::new(simd, copy, steps) }
     }
 
     /// Asks for it in the first-level cache, where it is not too much for that.
@@ -820,8 +845,8 @@ pub struct WeightGradient<'a, T> {
     pub out: (usize, usize),
     /// As in [`Forward`].
     pub block: usize,
-    /// As in [`Forward`], of gradient and input.
-    pub next: [&'a [T]; 2],
+    /// As [`Next::later`].
+    pub next: [*const [T]; 2],
 }
 
 /// Vectors of gradient that are added up in lanes: at 16 lanes a block of 64 × 64 pixels.

@@ -8,7 +8,7 @@
 use std::mem::MaybeUninit;
 
 use super::activation::{Affine, CopyOut, Target};
-use super::conv::{Meanwhile, Taps, of_channel};
+use super::conv::{Meanwhile, Next, Taps, of_channel};
 use super::{MAX_LANES, extent, minimal};
 use crate::memory::Line;
 use crate::simd::{Kernel, Scalar, Simd};
@@ -46,7 +46,7 @@ pub struct Forward<'a, T> {
     /// [`Taps::scratch`] elements.
     pub scratch: &'a mut [T],
     /// As of [`conv::Forward`](super::conv::Forward).
-    pub next: &'a [T],
+    pub next: Next<T>,
     pub copy: CopyOut<'a, T>,
 }
 
@@ -106,7 +106,10 @@ impl<T: Scalar, const M: usize, const P: usize, const G: usize, const BLOCK: boo
         let vectors = ow.div_ceil(lanes);
         // Of equal width, as far as whole vectors allow: a narrow last tile wastes its loads.
         let tiles = vectors.div_ceil(S::TILE_VECTORS);
-        let mut meanwhile = Meanwhile::new(simd, next, copy, oh.div_ceil(M) * tiles * P).near();
+        let mut meanwhile = Meanwhile::new(simd, next, copy, oh.div_ceil(M) * tiles * P);
+        if next.soon {
+            meanwhile = meanwhile.near();
+        }
         let mut job = Job::<T, M, P, G, BLOCK> {
             input,
             row,

@@ -11,7 +11,7 @@ use std::hint::black_box;
 
 use super::MAX_LANES;
 use super::activation::{CopyOut, Target};
-use super::conv::{self, Meanwhile, Taps};
+use super::conv::{self, Meanwhile, Next, Taps};
 use crate::simd::{Kernel, Scalar, Simd};
 
 /// out\[y\]\[x\] = bias + Σ weight\[i\]\[j\] · input\[y + i − top\]\[x + j − left\], one plane, zero around it.
@@ -28,7 +28,7 @@ pub struct Forward<'a, T> {
     pub out: Target<'a, T>,
     pub ow: usize,
     /// As of [`conv::Forward`].
-    pub next: &'a [T],
+    pub next: Next<T>,
     pub copy: CopyOut<'a, T>,
 }
 

@@ -375,6 +375,9 @@ pub struct Inner<'a, T> {
     pub b: Rows<'a, T>,
     /// Rows of a × rows of b, contiguous.
     pub sum: &'a mut [f64],
+    /// Where as many rows as b has, as far apart, are read after this: asked for meanwhile in the second-level cache, as
+    /// far as there are tiles, two rows a tile. They may be anywhere.
+    pub next: &'a [*const T],
 }
 
 /// The most pixels of a block: at most 64 products a lane of AVX-512 and 128 of AVX2, for the
@@ -388,7 +391,7 @@ impl<T: Scalar> Kernel<T> for Inner<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(mut self, simd: S) {
-        let Self { a, b, sum } = &self;
+        let Self { a, b, sum, .. } = &self;
         assert!(a.n == b.n && a.rows.checked_mul(b.rows) == Some(sum.len()));
         // SAFETY: the operands fit each other by the assertion above.
         unsafe {
@@ -464,6 +467,12 @@ impl<T: Scalar> Inner<'_, T> {
     ) {
         let (lanes, a, b) = (simd.lanes(), self.a, self.b);
         let mut acc = [[simd.splat(T::ZERO); R]; Q];
+        let row = 2 * (k / Q * a.rows.div_ceil(R) + m / R);
+        let next = [row, row + 1].map(|row| match self.next.get(row / b.rows) {
+            Some(next) => next.wrapping_add(row % b.rows * b.ld + x),
+            // No branch in the loop below.
+            None => a.ptr,
+        });
         // SAFETY: rows below the last and columns x..x + n are readable, as the caller says; a
         // partial vector reads only its elements, so that an infinity beyond the panel cannot meet
         // a zero.
@@ -474,6 +483,9 @@ impl<T: Scalar> Inner<'_, T> {
                 std::array::from_fn(|q| b.ptr.add((k + q).min(b.rows - 1) * b.ld + x));
             let mut i = 0;
             while i + lanes <= n {
+                for next in next {
+                    simd.prefetch_second(next.wrapping_add(i));
+                }
                 step(simd, &a, &b, i, lanes, &mut acc);
                 i += lanes;
             }

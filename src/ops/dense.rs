@@ -4,59 +4,75 @@
 use std::ops::Range;
 
 use super::pointwise::Pointwise;
-use super::scratch::{Scratch, Window};
+use super::scratch::Scratch;
+use super::strips::{Strips, Weights};
 use super::xunit::{Channel, XUnit};
 use super::{Planes, Source};
+use crate::kernels::MAX_LANES;
 use crate::kernels::activation::{Affine, Apply, CopyOut, Gate, Target};
+use crate::kernels::minimal::Filter;
 use crate::kernels::product::{Columns, Packed, Rows, RowsMut, Start};
-use crate::kernels::{MAX_LANES, conv};
 use crate::parallel::{self, Threads};
 use crate::shape::{Batch, Conv, Geometry};
 use crate::simd::{self, Scalar};
 
-/// Bytes of x, of all channels, that a band of short rows asks for, and of its products, so that both stay in the
-/// second-level cache. From 400 KiB to 1 MiB times at 64, 40 and 56 columns are the same within 5 % (Xeon).
-const BAND: usize = 640 << 10;
-/// The same of the lowest band of long rows: the longer they are, the better the hardware foresees what is read.
-/// Evaluation of 1 × 64 × 512 × 512, k = 7, takes 59 ms by 128 columns, 58 by 256 and 53 by 512 (Xeon).
-const LONG: usize = 5 << 19;
+/// Bytes of x, of all channels, that a band asks for, and of its products: as much of them as one core's part of the
+/// last cache may hold, as the fewer bands there are, the less is moved, and the longer their rows are, the better the
+/// hardware foresees what is read. With 1 MiB, 4 × 64 × 128 × 128 takes 1.04 times as long, 1 × 64 × 256 × 256 1.07 and
+/// 1 × 64 × 512 × 512 1.01 (k = 7, Zen 4), with 640 KiB 16 × 64 × 64 × 64, whose planes they cut, 1.1. The latter by 128
+/// columns took 1.1 times as long as by 512 (Xeon).
+const BAND: usize = 5 << 19;
 /// The least columns of a tile, and the most.
 const COLUMNS: [usize; 2] = [64, 512];
-/// Rows of whole tiles of minimal filtering, of any kernel.
-const FILTERED: usize = 12;
-/// The least rows of a tile, and the most, in bands: what two bands share is kept, what two tiles share is made
-/// twice.
-const ROWS: [usize; 2] = [3 * FILTERED, 11 * FILTERED];
-/// Tiles that there should be, for threads to share. Their number does not depend on that of the threads, nor
-/// then does the result: minimal filtering is repeated by plain sums where a strip of a tile has an infinity.
-const TILES: usize = 16;
+/// The least rows of a band, whole tiles of minimal filtering with any kernel, and of a tile, about: what two bands share
+/// is kept, what two tiles share is made twice.
+const LEAST: [usize; 2] = [12, 24];
+/// Rows of a strip, about, and the strips that there should be for threads to share, in which case they may be higher.
+/// 8 × 96 × 56 × 56 takes 0.88 times as long by strips of 28 rows, all of a plane in one tile, as by tiles of 36 and 20
+/// rows, 1 × 64 × 256 × 256 0.92 times in one tile as in such of 36 rows (k = 7, one thread, Zen 4).
+const ROWS: usize = 32;
+const STRIPS: usize = 16;
+/// Tiles for each thread, where there are several.
+const TILES: usize = 2;
 
-/// How planes are cut into tiles, and these into bands.
+/// How planes are cut into tiles, and these into bands and strips.
+///
+/// Strips do not depend on the number of threads, nor then does the result: minimal filtering is repeated by plain sums
+/// where one has an infinity.
 struct Tiles {
     batch: Batch,
     halo: usize,
     columns: usize,
-    rows: usize,
+    /// Rows of a strip; of bands and tiles whole strips, or all there are.
+    strip: usize,
     band: usize,
+    rows: usize,
 }
 
 impl Tiles {
-    fn new<T>(batch: Batch, kernel: usize) -> Self {
+    fn new<T>(batch: Batch, kernel: usize, threads: usize) -> Self {
         let Batch { n, c, h, w } = batch;
         let halo = kernel / 2;
-        let column = (FILTERED + 2 * halo) * c * size_of::<T>();
-        let most = (LONG / column).clamp(COLUMNS[0], COLUMNS[1]);
+        let column = (LEAST[0] + 2 * halo) * c * size_of::<T>();
+        let most = (BAND / column).clamp(COLUMNS[0], COLUMNS[1]);
         let columns = match w > most + most / 2 {
             true => w.div_ceil(w.div_ceil(most)).next_multiple_of(MAX_LANES),
             false => w,
         };
         let row = (columns + 2 * halo).min(w) * c * size_of::<T>();
-        let most = (BAND / row).saturating_sub(2 * halo).max(FILTERED) / FILTERED * FILTERED;
+        let most = (BAND / row).saturating_sub(2 * halo).max(LEAST[0]);
+        let across = w.div_ceil(columns);
+        // Of about equal height.
+        let strips = (h / ROWS).max((h / LEAST[1]).clamp(1, 2)).min(STRIPS.div_ceil(n * across));
+        let filtered = Filter::of(kernel).map_or(1, |filter| filter.tile);
+        let strip = h.div_ceil(strips).next_multiple_of(filtered);
+        let strip = if most < strip { most / LEAST[0] * LEAST[0] } else { strip };
         // All, if they are not many more.
-        let band = if h * row <= BAND + BAND / 4 { h } else { most };
-        let down = TILES.div_ceil(n * w.div_ceil(columns));
-        let rows = h.div_ceil(down).next_multiple_of(FILTERED).clamp(ROWS[0], ROWS[1]);
-        Self { batch, halo, columns, rows, band: band.min(rows) }
+        let band = if h * row <= BAND + BAND / 4 { h } else { most / strip * strip };
+        let tiles = if threads == 1 { 1 } else { TILES * threads };
+        let down = tiles.div_ceil(n * across);
+        let rows = h.div_ceil(down).max(LEAST[1]).next_multiple_of(strip);
+        Self { batch, halo, columns, strip, band: band.min(rows), rows }
     }
 
     fn across(&self) -> usize {
@@ -79,6 +95,37 @@ impl Tiles {
         (n, y..batch.h.min(y + rows), x..batch.w.min(x + columns))
     }
 
+    /// Rows of x that are read after this band of tile i, and their image: by the next band, or by the first one of
+    /// tile `after`.
+    fn reached_next(
+        &self,
+        i: usize,
+        band: &Range<usize>,
+        after: usize,
+    ) -> Option<(usize, Range<usize>)> {
+        let (n, rows, _) = self.tile(i);
+        let of = |start: usize, rows: &Range<usize>| {
+            self.around(&(start..rows.end.min(start + self.band)), self.batch.h)
+        };
+        if band.end < rows.end {
+            let read = self.around(band, self.batch.h).end;
+            let next = of(band.end, &rows);
+            return Some((n, read.min(next.end)..next.end));
+        }
+        (after < self.len()).then(|| {
+            let (n, rows, _) = self.tile(after);
+            (n, of(rows.start, &rows))
+        })
+    }
+
+    /// The rows of each strip of a band, of no more than `most` rows.
+    fn strips(&self, band: &Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> {
+        let cut = |rows: Range<usize>, step: usize| {
+            rows.clone().step_by(step).map(move |y| y..rows.end.min(y + step))
+        };
+        cut(band.clone(), self.strip).flat_map(move |rows| cut(rows, most))
+    }
+
     /// What of `length` rows or columns the taps of these reach.
     fn around(&self, of: &Range<usize>, length: usize) -> Range<usize> {
         of.start.saturating_sub(self.halo)..length.min(of.end + self.halo)
@@ -87,9 +134,7 @@ impl Tiles {
 
 /// What all tiles ask of a channel.
 struct Constants<T> {
-    relu_of: Affine<T>,
-    taps: conv::Taps<T>,
-    bias: T,
+    weights: Weights<T>,
     gated: Affine<T>,
 }
 
@@ -103,10 +148,8 @@ pub(super) fn forward<T: Scalar>(
 ) {
     let (batch, k) = (x.batch, unit.kernel);
     let constants = |c: usize| Constants {
-        relu_of: Channel::given(unit.norm1.as_ref(), c).affine,
         // As where d is kept, to the same bits.
-        taps: conv::Taps::new(unit.weight[c * k * k..][..k * k].to_vec(), (k, k), 1, batch.h),
-        bias: unit.bias.map_or(T::ZERO, |bias| bias[c]),
+        weights: unit.weights(c, batch.h, Channel::given(unit.norm1.as_ref(), c).affine),
         gated: Channel::given(unit.norm2.as_ref(), c).affine,
     };
     let forward = Forward {
@@ -118,10 +161,10 @@ pub(super) fn forward<T: Scalar>(
         x,
         out,
     };
-    let tiles = Tiles::new::<T>(batch, k);
+    let tiles = Tiles::new::<T>(batch, k, threads.count());
     parallel::for_each(threads, tiles.len(), |i| {
         // SAFETY: no other task names these pixels.
-        unsafe { forward.tile(&tiles, i) };
+        unsafe { forward.tile(&tiles, i, i + threads.count()) };
     });
 }
 
@@ -136,9 +179,11 @@ struct Forward<'a, T> {
 }
 
 impl<T: Scalar> Forward<'_, T> {
+    /// Tile i; `after` it, this thread is likely to come to that one.
+    ///
     /// # Safety
     /// No other task may name the pixels of this tile meanwhile.
-    unsafe fn tile(&self, tiles: &Tiles, i: usize) {
+    unsafe fn tile(&self, tiles: &Tiles, i: usize, after: usize) {
         let (batch, k) = (self.x.batch, self.kernel);
         let (n, rows, columns) = tiles.tile(i);
         let around = tiles.around(&columns, batch.w);
@@ -149,11 +194,9 @@ impl<T: Scalar> Forward<'_, T> {
         let conv = Conv { padding, ..Conv::same(k).expect("an odd kernel") };
         let input = Batch { n: 1, c: 1, h: batch.h, w: width };
         let geometry = Geometry::new(input, conv).expect("no larger than the plane's");
-        let mut window = Window::new(&geometry);
+        let mut strips = Strips::new(&geometry, &self.channels[0].weights);
         let band = tiles.band.min(rows.len());
-        let strip = window.strip(&geometry).min(band);
-        let mut d = Scratch::new(strip * columns.len());
-        let mut scratch = Scratch::new(self.channels[0].taps.scratch(strip, columns.len()));
+        let mut d = Scratch::new(strips.rows().min(tiles.strip) * columns.len());
         // x and its products, of the rows that a band needs. Channels lie an odd number of vectors apart, lest
         // they fall on the same lines of the cache.
         let ld = ((band + 2 * halo).min(batch.h) * width).next_multiple_of(MAX_LANES) | MAX_LANES;
@@ -164,11 +207,15 @@ impl<T: Scalar> Forward<'_, T> {
             let needed = tiles.around(&band, batch.h);
             let kept = made.end.saturating_sub(needed.start);
             let (at, new) = (kept * width, needed.start + kept..needed.end);
+            let next = tiles.reached_next(i, &band, after);
             if kept > 0 {
                 let from = (needed.start - made.start) * width;
-                let moved = |plane: &mut [T]| plane.copy_within(from..from + at, 0);
-                x.chunks_exact_mut(ld).for_each(moved);
-                p.chunks_exact_mut(ld).for_each(moved);
+                // Of x the gate alone reads rows again, and none above the band.
+                let above = ((band.start - needed.start) * width).min(at);
+                for (x, p) in x.chunks_exact_mut(ld).zip(p.chunks_exact_mut(ld)) {
+                    x.copy_within(from + above..from + at, above);
+                    p.copy_within(from..from + at, 0);
+                }
             }
             for (c, to) in x.chunks_exact_mut(ld).enumerate() {
                 self.copy((n, c), (new.clone(), &around), &mut to[at..]);
@@ -185,23 +232,29 @@ impl<T: Scalar> Forward<'_, T> {
             made = needed;
             for (c, channel) in self.channels.iter().enumerate() {
                 let at = c * ld..c * ld + made.len() * width;
-                window.restart(y);
-                for y in band.clone().step_by(strip) {
-                    let rows = y..band.end.min(y + strip);
-                    let relu_of = Some(channel.relu_of);
-                    window.slide_over(y..rows.end + k - 1, (&p[at.clone()], made.start), relu_of);
+                strips.restart(y);
+                // Of columns that are no whole rows nothing is asked for.
+                let next = match &next {
+                    Some((n, rows)) if width == batch.w => {
+                        &self.x.plane(*n, c)[rows.start * width..rows.end * width]
+                    }
+                    _ => &[],
+                };
+                for rows in tiles.strips(&band, strips.rows()) {
+                    let y = rows.start;
+                    let part = [y - band.start, rows.end - band.start]
+                        .map(|row| row * next.len() / band.len());
+                    let next = &next[part[0]..part[1]];
                     let d = &mut d[..rows.len() * columns.len()];
-                    simd::dispatch(conv::Forward {
-                        input: window.input(),
-                        ld: window.ld,
-                        taps: &channel.taps,
-                        bias: &[channel.bias],
-                        out: Target::new(&mut *d),
-                        ow: columns.len(),
-                        scratch: &mut scratch,
-                        next: &[],
-                        copy: CopyOut::default(),
-                    });
+                    let (p, to) = ((&p[at.clone()], made.start), Target::new(&mut *d));
+                    strips.run(
+                        &channel.weights,
+                        rows.clone(),
+                        p,
+                        next.into(),
+                        to,
+                        CopyOut::default(),
+                    );
                     let x = &x[at.clone()][(y - made.start) * width + left..];
                     // SAFETY: the caller's promise.
                     unsafe { self.gate((n, c), (rows, &columns), (x, width), d) };

@@ -4,7 +4,7 @@ use super::phases::{self, Phases};
 use super::scratch::Window;
 use super::small;
 use super::staged::Staged;
-use super::strips::Strips;
+use super::strips::{Strips, Weights};
 use super::{Planes, check_depthwise, expect_len, from_plane, optional_len, plane, turned};
 use crate::kernels::activation::{CopyOut, Sums, Target};
 use crate::kernels::conv;
@@ -153,6 +153,7 @@ impl<'a, T: Scalar> Convolution<'a, T> {
 
 /// Planes of stride and dilation 1.
 struct Dense<'a, T: Scalar> {
+    weights: Weights<T>,
     strips: Strips<T>,
     staged: Option<Staged<'a, T>>,
     out: &'a Planes<'a, T>,
@@ -160,10 +161,13 @@ struct Dense<'a, T: Scalar> {
 
 impl<'a, T: Scalar> Dense<'a, T> {
     fn new(geometry: &Geometry, weight: Vec<T>, bias: T, out: &'a Planes<'a, T>) -> Self {
-        let strips = Strips::new(geometry, weight, bias, None);
-        let len = strips.rows() * geometry.ow;
-        let staged = if strips.streams() { None } else { Staged::new(len, out) };
-        Self { strips, staged, out }
+        let Geometry { conv, ow, oh, .. } = *geometry;
+        let taps = conv::Taps::new(weight, (conv.kh, conv.kw), 1, oh);
+        let weights = Weights { taps, bias, relu_of: None };
+        let strips = Strips::new(geometry, &weights);
+        let len = strips.rows() * ow;
+        let staged = if strips.streams(&weights) { None } else { Staged::new(len, out) };
+        Self { weights, strips, staged, out }
     }
 
     /// [`Convolution::run`].
@@ -171,10 +175,11 @@ impl<'a, T: Scalar> Dense<'a, T> {
     /// # Safety
     /// As there.
     unsafe fn run(&mut self, x: &[T], next: &[T], (n, c): (usize, usize)) {
-        let Self { strips, staged, out } = self;
+        let Self { weights, strips, staged, out } = self;
         let Batch { h, w, .. } = out.batch;
         for y in (0..h).step_by(strips.rows()) {
-            let pixels = y * w..(y + strips.rows()).min(h) * w;
+            let rows = y..(y + strips.rows()).min(h);
+            let pixels = rows.start * w..rows.end * w;
             let (out, copy) = match staged {
                 Some(staged) => {
                     // SAFETY: the caller's promise.
@@ -184,7 +189,8 @@ impl<'a, T: Scalar> Dense<'a, T> {
                 // SAFETY: as above.
                 None => (unsafe { out.target(n, c, pixels) }, CopyOut::default()),
             };
-            strips.run(y, x, next, out, copy);
+            let next = strips.next(rows.end, x, next);
+            strips.run(weights, rows, (x, 0), next.into(), out, copy);
         }
     }
 }
@@ -236,7 +242,7 @@ impl<T: Scalar> WeightGradient<T> {
                 kernel: (conv.kh, conv.kw),
                 out: (rows, ow),
                 block: 1,
-                next,
+                next: next.map(|next| &raw const *next),
             });
         }
     }

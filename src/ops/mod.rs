@@ -170,6 +170,15 @@ impl<'a, T> Source<'a, T> {
         plane(self.tensor, self.batch, n, c - self.first)
     }
 
+    fn has(&self, c: usize) -> bool {
+        (self.first..self.first + self.batch.c).contains(&c)
+    }
+
+    /// Plane n of the channel to which a thread is likely to come after this one, `step` channels on.
+    fn after(&self, n: usize, c: usize, step: usize) -> Option<&'a [T]> {
+        self.has(c + step).then(|| self.plane(n, c + step))
+    }
+
     /// Plane (n, c) and all after it.
     fn planes_from(&self, n: usize, c: usize) -> &'a [T] {
         from_plane(self.tensor, self.batch, n, c - self.first)

@@ -88,6 +88,16 @@ impl Panels {
         }
     }
 
+    /// The first element of panel `i` in a tensor.
+    fn first(&self, i: usize, layout: Layout) -> usize {
+        let (n, pixels) = self.pixels(i);
+        let image = n * self.batch.c * self.batch.plane();
+        match layout {
+            Layout::Planes => image + pixels.start,
+            Layout::ChannelsLast => image + pixels.start * self.batch.c,
+        }
+    }
+
     /// The distance of the rows of a copy: aligned, and an odd number of vectors, lest rows fall on the
     /// same lines of the cache.
     fn ld(&self, i: usize) -> usize {
@@ -226,6 +236,17 @@ impl<T: Scalar> Pointwise<'_, T> {
             let sum = unsafe { sum_planes.plane(part, 0) };
             for i in (part..panels.len()).step_by(parts) {
                 let ((n, pixels), ld) = (panels.pixels(i), panels.ld(i));
+                // While the inner products keep memory waiting. 16 × 64 × 64 × 64 and 64 × 64 × 40 × 40, forward and
+                // backward, take 0.96 times as long so (k = 7, Zen 4).
+                let next = match i + parts < panels.len() {
+                    true => {
+                        let at = panels.first(i + parts, layout);
+                        let of = [past.grad, past.d, x].map(|tensor| tensor.as_ptr());
+                        let [grad, d, x] = of.map(|tensor| tensor.wrapping_add(at));
+                        vec![gx.image(0).wrapping_add(at).cast_const(), d, grad, x]
+                    }
+                    false => vec![],
+                };
                 if layout == Layout::Planes {
                     let d = |c: usize| &plane(past.d, batch, n, c)[pixels.clone()];
                     let mut gp = Scratch::new(c * ld);
@@ -245,7 +266,8 @@ impl<T: Scalar> Pointwise<'_, T> {
                         });
                     }
                     let gp = panels.rows_of_copy(&gp, i);
-                    simd::dispatch(Inner { a: gp, b: panels.rows(x, i), sum: &mut *sum });
+                    let b = panels.rows(x, i);
+                    simd::dispatch(Inner { a: gp, b, sum: &mut *sum, next: &next });
                     // SAFETY: as above.
                     let c = unsafe { panels.rows_mut(&gx, i) };
                     simd::dispatch(Columns { a: &weight, b: gp, start: Start::Sum, c });
@@ -256,7 +278,8 @@ impl<T: Scalar> Pointwise<'_, T> {
                 let gp = panels.rows_from(to, i);
                 let mut copy = panels.gather(x, i);
                 let gp = panels.rows_of_copy(&gp, i);
-                simd::dispatch(Inner { a: gp, b: panels.rows_of_copy(&copy, i), sum: &mut *sum });
+                let b = panels.rows_of_copy(&copy, i);
+                simd::dispatch(Inner { a: gp, b, sum: &mut *sum, next: &next });
                 if let Some((weights, maps)) = &mixed {
                     let mut sum = Scratch::new(to.len());
                     simd::dispatch(Mix { weights, x: to, out: &mut sum, relu: false });

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::{
     Backward, BackwardTensors, Channel, ChannelGradient, Forward, Statistics, Tensors, Variant,
-    is_training,
+    awaits, is_training,
 };
 use crate::kernels::activation::{Affine, Fill, FillGradient};
 use crate::kernels::pixels::{self, Grid};
@@ -116,11 +116,11 @@ impl<T: Scalar> Forward<'_, T> {
         stats: &Planes<'_, f64>,
     ) {
         let Self { unit, geometry, .. } = self;
-        let Tensors { x, u, d, out } = tensors;
+        let Tensors { x, u, d, out, .. } = tensors;
         let (batch, plane, taps) =
             (geometry.input, geometry.input.plane(), unit.kernel * unit.kernel);
         let (start, count) = (channels.start, channels.len());
-        let waits = unit.norm2.is_some_and(|norm| norm.stats.is_none());
+        let waits = awaits(&unit.norm2);
         // SAFETY: this task alone names these channels.
         let stats = |c: usize| unsafe { stats.plane(0, c) };
         let first: Vec<_> = channels.clone().map(|c| self.first(u, c, stats(c)).affine).collect();
