@@ -147,7 +147,7 @@ fn convolution_in<T: Scalar>(
             let mut run = |out: Target<'_, T>, to: Target<'_, T>| {
                 let (bias, taps, scratch) = (&[bias], &taps, &mut scratch[..]);
                 let copy = CopyOut { from, to };
-                let next = next.into();
+                let next = conv::Next::soon(next);
                 let job = conv::Forward { input, ld, taps, bias, out, ow, scratch, next, copy };
                 T::dispatch(isa, job);
             };
@@ -228,7 +228,7 @@ fn convolution_padded(
     let case = || format!("kernel {k}, plane {h}×{w}, padding {padding:?}");
     let run = |out: Target<'_, f32>, to: Target<'_, f32>| {
         let copy = CopyOut { from: &input[..h * w / 2], to };
-        let (taps, bias, next) = (&taps, bias as f32, input.into());
+        let (taps, bias, next) = (&taps, bias as f32, conv::Next::soon(input));
         dispatch(masked::Forward { input, padding, taps, bias, out, ow, next, copy });
     };
     let mut out = nan::<f32>(oh * ow);
@@ -297,7 +297,8 @@ fn convolution_filtered(
             || format!("{isa}: kernel {kh}×{kw}, plane {h}×{w}, padding {padding:?}, {maps}");
         let mut scratch = nan(taps.scratch(oh, ow));
         let mut run = |out: Target<'_, f32>, to: Target<'_, f32>| {
-            let (bias, next, scratch) = (&[bias as f32], (&data[..]).into(), &mut scratch[..]);
+            let (bias, next) = (&[bias as f32], conv::Next::soon(&data));
+            let scratch = &mut scratch[..];
             let (taps, copy) = (&taps, CopyOut { from: &data[..h * w / 2], to });
             let job = filtered::Forward { input, taps, bias, out, ow, scratch, next, copy };
             assert!(f32::dispatch(isa, job), "{}", case());
@@ -312,7 +313,7 @@ fn convolution_filtered(
         let mut spoilt = data.clone();
         spoilt[noise.below(h) * ld + noise.below(w)] = f32::INFINITY;
         let input = filtered::Rows { data: &spoilt, relu_of: None, ..input };
-        let (bias, next, copy) = (&[0.0], (&[][..]).into(), CopyOut::default());
+        let (bias, next, copy) = (&[0.0], conv::Next::default(), CopyOut::default());
         let (taps, scratch, out) = (&taps, &mut scratch[..], Target::new(&mut out));
         let job = filtered::Forward { input, taps, bias, out, ow, scratch, next, copy };
         assert!(!f32::dispatch(isa, job), "{}", case());

@@ -840,22 +840,26 @@ fn xunits_have_the_same_bits_at_every_thread_count() {
     }
 }
 
-/// Tiles of the dense unit in evaluation, whose number is that of the threads: where minimal filtering meets an
+/// Tiles of the dense unit in evaluation, of which there are more for more threads: where minimal filtering meets an
 /// infinity, too.
 #[test]
 fn dense_tiles_have_the_same_bits_at_every_thread_count() {
     on_every_isa("dense_tiles_have_the_same_bits_at_every_thread_count", || {
         let mut noise = Noise::new(21);
-        for (k, dims) in
-            [(7, [1, 3, 130, 20]), (9, [1, 4, 119, 900]), (7, [2, 150, 61, 80]), (5, [1, 2, 99, 9])]
-        {
+        for (k, dims) in [
+            (7, [1, 16, 130, 20]),
+            (9, [1, 4, 119, 900]),
+            (7, [1, 300, 97, 80]),
+            (5, [1, 30, 99, 9]),
+        ] {
             let batch = Batch::new(&dims).unwrap();
             let kind = (Variant::Dense, Gate::Sigmoid, [Mode::Evaluation; 2]);
             let owned = Owned::<f32>::new(&unit(&mut noise, batch.c, kind, k, true));
             let mut x: Vec<f32> = common::cast(&noise.vec(batch.size()));
             for spoiled in [false, true] {
                 if spoiled {
-                    x[batch.plane() / 2 + batch.w / 2] = f32::INFINITY;
+                    // In one strip alone.
+                    x[batch.w * 5 + batch.w / 2] = f32::INFINITY;
                 }
                 let out =
                     |threads| xunit_forward(&owned.unit(), batch, &x, false, threads).unwrap().out;

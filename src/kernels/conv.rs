@@ -37,21 +37,27 @@ const STRIPS: [usize; 5] = [3, 5, 7, 9, 11];
 /// What the caller reads after this: asked for meanwhile, and not read, so that it may be anywhere.
 #[derive(Clone, Copy, Debug)]
 pub struct Next<T> {
-    pub memory: *const [T],
-    /// Whether at once, so that the first-level cache should have it if it is not too much for that.
-    pub soon: bool,
+    pub(super) memory: *const [T],
+    /// Whether [`filtered::Forward`] asks for it in the first-level cache, if it is not too much for that.
+    pub(super) soon: bool,
 }
 
 impl<T> Next<T> {
-    /// Not at once: the second-level cache should have it.
+    /// What is read at once.
+    pub fn soon(memory: &[T]) -> Self {
+        Self { memory, soon: true }
+    }
+
+    /// What the second-level cache should have by the time that it is read.
     pub fn later(memory: *const [T]) -> Self {
         Self { memory, soon: false }
     }
 }
 
-impl<T> From<&[T]> for Next<T> {
-    fn from(memory: &[T]) -> Self {
-        Self { memory, soon: true }
+/// Nothing.
+impl<T> Default for Next<T> {
+    fn default() -> Self {
+        Self::later(&[])
     }
 }
 
@@ -202,6 +208,7 @@ pub struct Forward<'a, T> {
     pub ow: usize,
     /// [`Taps::scratch`] elements.
     pub scratch: &'a mut [T],
+    /// Asked for meanwhile.
     pub next: Next<T>,
     /// Made meanwhile: what was computed before, mostly.
     pub copy: CopyOut<'a, T>,
@@ -845,7 +852,7 @@ pub struct WeightGradient<'a, T> {
     pub out: (usize, usize),
     /// As in [`Forward`].
     pub block: usize,
-    /// As [`Next::later`].
+    /// As what [`Next::later`] takes.
     pub next: [*const [T]; 2],
 }
 

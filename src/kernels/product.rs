@@ -375,8 +375,8 @@ pub struct Inner<'a, T> {
     pub b: Rows<'a, T>,
     /// Rows of a × rows of b, contiguous.
     pub sum: &'a mut [f64],
-    /// Where as many rows as b has, as far apart, are read after this: asked for meanwhile in the second-level cache, as
-    /// far as there are tiles, two rows a tile. They may be anywhere.
+    /// Where as many rows as b has, as far apart, are read after this: asked for meanwhile in the second-level cache, two
+    /// rows a register tile, as far as these go. They may be anywhere.
     pub next: &'a [*const T],
 }
 
@@ -428,7 +428,7 @@ impl<T: Scalar> Inner<'_, T> {
         let pixels = n.div_ceil(n.div_ceil(PIXELS)).next_multiple_of(MAX_LANES);
         for x in (0..n).step_by(pixels) {
             let n = pixels.min(n - x);
-            let mut k = 0;
+            let (mut k, mut row) = (0, 0);
             while k < self.b.rows {
                 let k_narrow = is_narrow(self.b.rows - k, Q, QN);
                 let mut m = 0;
@@ -438,13 +438,14 @@ impl<T: Scalar> Inner<'_, T> {
                     // SAFETY: m and k are rows, and x + n ≤ n of a and b.
                     unsafe {
                         match (m_narrow, k_narrow) {
-                            (false, false) => self.tile::<S, R, Q>(simd, m, k, x, n),
-                            (false, true) => self.tile::<S, R, QN>(simd, m, k, x, n),
-                            (true, false) => self.tile::<S, RN, Q>(simd, m, k, x, n),
-                            (true, true) => self.tile::<S, RN, QN>(simd, m, k, x, n),
+                            (false, false) => self.tile::<S, R, Q>(simd, m, k, (x, n), row),
+                            (false, true) => self.tile::<S, R, QN>(simd, m, k, (x, n), row),
+                            (true, false) => self.tile::<S, RN, Q>(simd, m, k, (x, n), row),
+                            (true, true) => self.tile::<S, RN, QN>(simd, m, k, (x, n), row),
                         }
                     }
                     m += if m_narrow { RN } else { R };
+                    row += 2;
                 }
                 k += if k_narrow { QN } else { Q };
             }
@@ -452,7 +453,7 @@ impl<T: Scalar> Inner<'_, T> {
     }
 
     /// R rows of a from `m` on by Q rows of b from `k` on, over n columns from `x` on. Rows beyond
-    /// the last are the last once more, and go nowhere.
+    /// the last are the last once more, and go nowhere. Two rows of what is next, from `row` on, are asked for.
     ///
     /// # Safety
     /// What `run` asserts; `m` and `k` must be rows, the columns inside a and b.
@@ -462,12 +463,11 @@ impl<T: Scalar> Inner<'_, T> {
         simd: S,
         m: usize,
         k: usize,
-        x: usize,
-        n: usize,
+        (x, n): (usize, usize),
+        row: usize,
     ) {
         let (lanes, a, b) = (simd.lanes(), self.a, self.b);
         let mut acc = [[simd.splat(T::ZERO); R]; Q];
-        let row = 2 * (k / Q * a.rows.div_ceil(R) + m / R);
         let next = [row, row + 1].map(|row| match self.next.get(row / b.rows) {
             Some(next) => next.wrapping_add(row % b.rows * b.ld + x),
             // No branch in the loop below.

@@ -189,7 +189,7 @@ fn convolve<T: Scalar>(
                 out: Target::new(&mut *out),
                 ow: wide.ow,
                 scratch: &mut scratch,
-                next: (&[][..]).into(),
+                next: conv::Next::default(),
                 copy: CopyOut::default(),
             });
             // SAFETY: these channels of pixels top · ow.. of image n are inside the tensor, and this

@@ -10,24 +10,25 @@ use super::xunit::{Channel, XUnit};
 use super::{Planes, Source};
 use crate::kernels::MAX_LANES;
 use crate::kernels::activation::{Affine, Apply, CopyOut, Gate, Target};
+use crate::kernels::conv::Next;
 use crate::kernels::minimal::Filter;
 use crate::kernels::product::{Columns, Packed, Rows, RowsMut, Start};
 use crate::parallel::{self, Threads};
 use crate::shape::{Batch, Conv, Geometry};
 use crate::simd::{self, Scalar};
 
-/// Bytes of x, of all channels, that a band asks for, and of its products: as much of them as one core's part of the
+/// Bytes of x, of all channels, that a band asks for, and as many of its products: as much as one core's part of the
 /// last cache may hold, as the fewer bands there are, the less is moved, and the longer their rows are, the better the
 /// hardware foresees what is read. With 1 MiB, 4 × 64 × 128 × 128 takes 1.04 times as long, 1 × 64 × 256 × 256 1.07 and
-/// 1 × 64 × 512 × 512 1.01 (k = 7, Zen 4), with 640 KiB 16 × 64 × 64 × 64, whose planes they cut, 1.1. The latter by 128
-/// columns took 1.1 times as long as by 512 (Xeon).
+/// 1 × 64 × 512 × 512 1.01 (k = 7, Zen 4), with 640 KiB, which cut the planes of 16 × 64 × 64 × 64, these 1.1.
+/// 1 × 64 × 512 × 512 by 128 columns took 1.1 times as long as by 512 (Xeon).
 const BAND: usize = 5 << 19;
 /// The least columns of a tile, and the most.
 const COLUMNS: [usize; 2] = [64, 512];
 /// The least rows of a band, whole tiles of minimal filtering with any kernel, and of a tile, about: what two bands share
 /// is kept, what two tiles share is made twice.
 const LEAST: [usize; 2] = [12, 24];
-/// Rows of a strip, about, and the strips that there should be for threads to share, in which case they may be higher.
+/// Rows of a strip, about, and the most strips of a batch that are worth it for threads to share.
 /// 8 × 96 × 56 × 56 takes 0.88 times as long by strips of 28 rows, all of a plane in one tile, as by tiles of 36 and 20
 /// rows, 1 × 64 × 256 × 256 0.92 times in one tile as in such of 36 rows (k = 7, one thread, Zen 4).
 const ROWS: usize = 32;
@@ -65,11 +66,11 @@ impl Tiles {
         // Of about equal height.
         let strips = (h / ROWS).max((h / LEAST[1]).clamp(1, 2)).min(STRIPS.div_ceil(n * across));
         let filtered = Filter::of(kernel).map_or(1, |filter| filter.tile);
-        let strip = h.div_ceil(strips).next_multiple_of(filtered);
-        let strip = if most < strip { most / LEAST[0] * LEAST[0] } else { strip };
+        let of = |strips| h.div_ceil(strips).next_multiple_of(filtered);
+        let strip = if most < of(strips) { of(h.div_ceil(most)) } else { of(strips) };
         // All, if they are not many more.
-        let band = if h * row <= BAND + BAND / 4 { h } else { most / strip * strip };
-        let tiles = if threads == 1 { 1 } else { TILES * threads };
+        let band = if h * row <= BAND + BAND / 4 { h } else { (most / strip).max(1) * strip };
+        let tiles = if threads == 1 { 1 } else { TILES.saturating_mul(threads) };
         let down = tiles.div_ceil(n * across);
         let rows = h.div_ceil(down).max(LEAST[1]).next_multiple_of(strip);
         Self { batch, halo, columns, strip, band: band.min(rows), rows }
@@ -95,22 +96,20 @@ impl Tiles {
         (n, y..batch.h.min(y + rows), x..batch.w.min(x + columns))
     }
 
-    /// Rows of x that are read after this band of tile i, and their image: by the next band, or by the first one of
-    /// tile `after`.
+    /// Rows of x that are read after a band of these rows of a tile, and their image: by the next band, or by the first
+    /// one of tile `after`.
     fn reached_next(
         &self,
-        i: usize,
+        (n, rows): (usize, &Range<usize>),
         band: &Range<usize>,
         after: usize,
     ) -> Option<(usize, Range<usize>)> {
-        let (n, rows, _) = self.tile(i);
         let of = |start: usize, rows: &Range<usize>| {
             self.around(&(start..rows.end.min(start + self.band)), self.batch.h)
         };
         if band.end < rows.end {
             let read = self.around(band, self.batch.h).end;
-            let next = of(band.end, &rows);
-            return Some((n, read.min(next.end)..next.end));
+            return Some((n, read..of(band.end, rows).end));
         }
         (after < self.len()).then(|| {
             let (n, rows, _) = self.tile(after);
@@ -164,7 +163,7 @@ pub(super) fn forward<T: Scalar>(
     let tiles = Tiles::new::<T>(batch, k, threads.count());
     parallel::for_each(threads, tiles.len(), |i| {
         // SAFETY: no other task names these pixels.
-        unsafe { forward.tile(&tiles, i, i + threads.count()) };
+        unsafe { forward.tile(&tiles, i, i.saturating_add(threads.count())) };
     });
 }
 
@@ -207,11 +206,11 @@ impl<T: Scalar> Forward<'_, T> {
             let needed = tiles.around(&band, batch.h);
             let kept = made.end.saturating_sub(needed.start);
             let (at, new) = (kept * width, needed.start + kept..needed.end);
-            let next = tiles.reached_next(i, &band, after);
+            let next = tiles.reached_next((n, &rows), &band, after);
             if kept > 0 {
                 let from = (needed.start - made.start) * width;
                 // Of x the gate alone reads rows again, and none above the band.
-                let above = ((band.start - needed.start) * width).min(at);
+                let above = (band.start - needed.start) * width;
                 for (x, p) in x.chunks_exact_mut(ld).zip(p.chunks_exact_mut(ld)) {
                     x.copy_within(from + above..from + at, above);
                     p.copy_within(from..from + at, 0);
@@ -251,7 +250,7 @@ impl<T: Scalar> Forward<'_, T> {
                         &channel.weights,
                         rows.clone(),
                         p,
-                        next.into(),
+                        Next::later(next),
                         to,
                         CopyOut::default(),
                     );

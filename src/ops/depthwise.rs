@@ -7,7 +7,7 @@ use super::staged::Staged;
 use super::strips::{Strips, Weights};
 use super::{Planes, check_depthwise, expect_len, from_plane, optional_len, plane, turned};
 use crate::kernels::activation::{CopyOut, Sums, Target};
-use crate::kernels::conv;
+use crate::kernels::conv::{self, Next};
 use crate::parallel::{self, Threads};
 use crate::shape::{Batch, Conv, Geometry, ShapeError};
 use crate::simd::{self, Scalar};
@@ -190,7 +190,7 @@ impl<'a, T: Scalar> Dense<'a, T> {
                 None => (unsafe { out.target(n, c, pixels) }, CopyOut::default()),
             };
             let next = strips.next(rows.end, x, next);
-            strips.run(weights, rows, (x, 0), next.into(), out, copy);
+            strips.run(weights, rows, (x, 0), Next::soon(next), out, copy);
         }
     }
 }

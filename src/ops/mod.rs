@@ -170,13 +170,15 @@ impl<'a, T> Source<'a, T> {
         plane(self.tensor, self.batch, n, c - self.first)
     }
 
-    fn has(&self, c: usize) -> bool {
-        (self.first..self.first + self.batch.c).contains(&c)
+    /// The channel, if there is one, to which a thread is likely to come after this one, `step` channels on.
+    fn channel_after(&self, c: usize, step: usize) -> Option<usize> {
+        let after = c.saturating_add(step);
+        (after < self.first + self.batch.c).then_some(after)
     }
 
-    /// Plane n of the channel to which a thread is likely to come after this one, `step` channels on.
+    /// Its plane n.
     fn after(&self, n: usize, c: usize, step: usize) -> Option<&'a [T]> {
-        self.has(c + step).then(|| self.plane(n, c + step))
+        self.channel_after(c, step).map(|c| self.plane(n, c))
     }
 
     /// Plane (n, c) and all after it.

@@ -31,6 +31,9 @@ const PANEL: usize = 1024;
 const LEAST_PANEL: usize = 192;
 const PANELS: usize = 16;
 
+/// The most bytes that are asked for ahead.
+const AHEAD: usize = 3 << 19;
+
 /// The panels of a batch: of each image, as many as its pixels fill. All images in channels_last are one.
 struct Panels {
     batch: Batch,
@@ -88,14 +91,34 @@ impl Panels {
         }
     }
 
-    /// The first element of panel `i` in a tensor.
-    fn first(&self, i: usize, layout: Layout) -> usize {
-        let (n, pixels) = self.pixels(i);
-        let image = n * self.batch.c * self.batch.plane();
-        match layout {
-            Layout::Planes => image + pixels.start,
-            Layout::ChannelsLast => image + pixels.start * self.batch.c,
+    /// Where panel `i` begins in what the gate and the inner products will read: asked for while inner products leave
+    /// memory waiting. 16 × 64 × 64 × 64 and 64 × 64 × 40 × 40, forward and backward, take 0.96 times as long so (k = 7,
+    /// Zen 4). No more than the second-level cache has room for, nothing after the last panel.
+    fn after<T: Scalar>(
+        &self,
+        i: usize,
+        layout: Layout,
+        tensors: [&[T]; 3],
+        gx: &Planes<'_, T>,
+    ) -> Vec<*const T> {
+        if i >= self.len() {
+            return Vec::new();
         }
+        let (n, pixels) = self.pixels(i);
+        let c = self.batch.c;
+        let bytes = c * pixels.len() * size_of::<T>();
+        let first = match layout {
+            Layout::Planes => pixels.start,
+            Layout::ChannelsLast => pixels.start * c,
+        };
+        let at = n * c * self.batch.plane() + first;
+        let [grad, d, x] = tensors.map(|tensor| tensor.as_ptr().wrapping_add(at));
+        let gx = gx.image(0).wrapping_add(at).cast_const();
+        let order = match layout {
+            Layout::Planes => [gx, d, grad, x],
+            Layout::ChannelsLast => [gx, x, grad, d],
+        };
+        order.into_iter().take(AHEAD / bytes).collect()
     }
 
     /// The distance of the rows of a copy: aligned, and an odd number of vectors, lest rows fall on the
@@ -236,17 +259,7 @@ impl<T: Scalar> Pointwise<'_, T> {
             let sum = unsafe { sum_planes.plane(part, 0) };
             for i in (part..panels.len()).step_by(parts) {
                 let ((n, pixels), ld) = (panels.pixels(i), panels.ld(i));
-                // While the inner products keep memory waiting. 16 × 64 × 64 × 64 and 64 × 64 × 40 × 40, forward and
-                // backward, take 0.96 times as long so (k = 7, Zen 4).
-                let next = match i + parts < panels.len() {
-                    true => {
-                        let at = panels.first(i + parts, layout);
-                        let of = [past.grad, past.d, x].map(|tensor| tensor.as_ptr());
-                        let [grad, d, x] = of.map(|tensor| tensor.wrapping_add(at));
-                        vec![gx.image(0).wrapping_add(at).cast_const(), d, grad, x]
-                    }
-                    false => vec![],
-                };
+                let next = panels.after(i + parts, layout, [past.grad, past.d, x], &gx);
                 if layout == Layout::Planes {
                     let d = |c: usize| &plane(past.d, batch, n, c)[pixels.clone()];
                     let mut gp = Scratch::new(c * ld);

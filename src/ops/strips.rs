@@ -188,7 +188,7 @@ impl<T: Scalar> Strips<T> {
                 out: out.part(pixels),
                 ow,
                 scratch: &mut [],
-                next: (&[][..]).into(),
+                next: Next::default(),
                 copy: CopyOut::default(),
             }));
         }

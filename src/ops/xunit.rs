@@ -389,7 +389,7 @@ struct Tensors<'a, T> {
     u: Source<'a, T>,
     d: Option<&'a Planes<'a, T>>,
     out: &'a Planes<'a, T>,
-    /// As of [`Source::after`].
+    /// As of [`Source::channel_after`].
     step: usize,
 }
 
@@ -435,23 +435,24 @@ impl<T: Scalar> Forward<'_, T> {
         let mut statistics = Statistics::default();
         for n in 0..batch.n {
             let plane = u.planes_from(n, c);
-            let next = if n + 1 < batch.n { Some(u.plane(n + 1, c)) } else { u.after(0, c, step) };
+            let after = if n + 1 < batch.n { Some(u.plane(n + 1, c)) } else { u.after(0, c, step) };
             // Where statistics have gone over all planes of a channel, the cache holds some: they go over the next
             // channel's after this one's.
             let later = if awaits(&unit.norm1) { u.after(n, c, step) } else { None };
             for y in (0..batch.h).step_by(strip) {
-                let pixels = y * batch.w..(y + strip).min(batch.h) * batch.w;
+                let rows = y..(y + strip).min(batch.h);
+                let pixels = rows.start * batch.w..rows.end * batch.w;
                 // Where d is not kept but its statistics are awaited, it waits in the output.
                 let d = match d.or(waits.then_some(out)) {
                     // SAFETY: this task alone names channel c.
                     Some(planes) => unsafe { &mut planes.plane(n, c)[pixels.clone()] },
                     None => &mut of_strip[..pixels.len()],
                 };
-                let (rows, to) = (y..(y + strip).min(batch.h), Target::new(&mut *d));
                 let next = match later {
                     Some(plane) => Next::later(&plane[pixels.clone()]),
-                    None => strips.next(rows.end, plane, next.unwrap_or(&[])).into(),
+                    None => Next::soon(strips.next(rows.end, plane, after.unwrap_or(&[]))),
                 };
+                let to = Target::new(&mut *d);
                 strips.run(&weights, rows, (plane, 0), next, to, CopyOut::default());
                 match given {
                     // SAFETY: this task alone names channel c; d is in another tensor.
@@ -679,7 +680,7 @@ struct BackwardTensors<'a, T> {
     u: Option<Source<'a, T>>,
     d: Option<Source<'a, T>>,
     gx: &'a Planes<'a, T>,
-    /// As of [`Source::after`].
+    /// As of [`Source::channel_after`].
     step: usize,
 }
 
@@ -747,11 +748,11 @@ impl<T: Scalar> Backward<'_, T> {
             // The plane that is worked off after this one, and the one whose gradients at the gate are made then, or
             // after this channel's. 64 × 64 × 40 × 40, forward and backward, takes 0.93 to 0.95 times as long if they are
             // asked for meanwhile, 1 × 64 × 256 × 256 0.99 (k = 7, Zen 4).
-            let of_next = |n| tensors.x.has(c + tensors.step).then_some((n, c + tensors.step));
+            let of_next = |n| tensors.x.channel_after(c, tensors.step).map(|c| (n, c));
             let next = if n > 0 { Some((n - 1, c)) } else { of_next(batch.n - 1) };
             let gated = if waits2 { of_next(n) } else { next };
             if !waits2 {
-                let next = (n.saturating_sub(1), c);
+                let next = next.unwrap_or((n, c));
                 channel.gate(n, next, sum, &mut on_its_way[at(n)], &mut direct[direct_at(n)]);
             }
             let e = &mut on_its_way[at(n)];
@@ -861,7 +862,7 @@ impl<'a, T: Scalar> ChannelGradient<'a, T> {
         }
     }
 
-    /// Pixels of that plane, if there is one.
+    /// Pixels of plane `at` of one of the tensors, if there is such a plane: to be asked for.
     fn later(
         &self,
         source: Option<Source<'a, T>>,
