@@ -25,9 +25,10 @@ use crate::simd::{self, Scalar};
 const BAND: usize = 5 << 19;
 /// The least columns of a tile, and the most.
 const COLUMNS: [usize; 2] = [64, 512];
-/// The least rows of a band, whole tiles of minimal filtering with any kernel, and of a tile, about: what two bands share
-/// is kept, what two tiles share is made twice.
-const LEAST: [usize; 2] = [12, 24];
+/// The least rows of a band, whole tiles of minimal filtering with any kernel: what two bands share is kept.
+const LEAST_BAND: usize = 12;
+/// The least rows of a tile, about: what two tiles share is made twice.
+const LEAST_TILE: usize = 24;
 /// Rows of a strip, about, and the most strips of a batch that are worth it for threads to share.
 /// 8 × 96 × 56 × 56 takes 0.88 times as long by strips of 28 rows, all of a plane in one tile, as by tiles of 36 and 20
 /// rows, 1 × 64 × 256 × 256 0.92 times in one tile as in such of 36 rows (k = 7, one thread, Zen 4).
@@ -54,17 +55,17 @@ impl Tiles {
     fn new<T>(batch: Batch, kernel: usize, threads: usize) -> Self {
         let Batch { n, c, h, w } = batch;
         let halo = kernel / 2;
-        let column = (LEAST[0] + 2 * halo) * c * size_of::<T>();
+        let column = (LEAST_BAND + 2 * halo) * c * size_of::<T>();
         let most = (BAND / column).clamp(COLUMNS[0], COLUMNS[1]);
         let columns = match w > most + most / 2 {
             true => w.div_ceil(w.div_ceil(most)).next_multiple_of(MAX_LANES),
             false => w,
         };
         let row = (columns + 2 * halo).min(w) * c * size_of::<T>();
-        let most = (BAND / row).saturating_sub(2 * halo).max(LEAST[0]);
+        let most = (BAND / row).saturating_sub(2 * halo).max(LEAST_BAND);
         let across = w.div_ceil(columns);
         // Of about equal height.
-        let strips = (h / ROWS).max((h / LEAST[1]).clamp(1, 2)).min(STRIPS.div_ceil(n * across));
+        let strips = (h / ROWS).max((h / LEAST_TILE).clamp(1, 2)).min(STRIPS.div_ceil(n * across));
         let filtered = Filter::of(kernel).map_or(1, |filter| filter.tile);
         let of = |strips| h.div_ceil(strips).next_multiple_of(filtered);
         let strip = if most < of(strips) { of(h.div_ceil(most)) } else { of(strips) };
@@ -72,7 +73,7 @@ impl Tiles {
         let band = if h * row <= BAND + BAND / 4 { h } else { (most / strip).max(1) * strip };
         let tiles = if threads == 1 { 1 } else { TILES.saturating_mul(threads) };
         let down = tiles.div_ceil(n * across);
-        let rows = h.div_ceil(down).max(LEAST[1]).next_multiple_of(strip);
+        let rows = h.div_ceil(down).max(LEAST_TILE).next_multiple_of(strip);
         Self { batch, halo, columns, strip, band: band.min(rows), rows }
     }
 

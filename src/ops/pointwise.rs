@@ -66,11 +66,18 @@ impl Panels {
         (i / self.per_image, start..self.batch.plane().min(start + self.most))
     }
 
+    /// The first element of panel `i` in a tensor.
+    fn first(&self, i: usize, layout: Layout) -> usize {
+        let ((n, pixels), Batch { c, .. }) = (self.pixels(i), self.batch);
+        let step = if layout == Layout::Planes { 1 } else { c };
+        n * c * self.batch.plane() + pixels.start * step
+    }
+
     /// The rows of panel `i` in a tensor.
     fn rows<'a, T: Scalar>(&self, tensor: &'a [T], i: usize) -> Rows<'a, T> {
         let (Batch { c, .. }, plane) = (self.batch, self.batch.plane());
-        let (n, pixels) = self.pixels(i);
-        Rows::new(&tensor[n * c * plane + pixels.start..], c, plane, pixels.len())
+        let len = self.pixels(i).1.len();
+        Rows::new(&tensor[self.first(i, Layout::Planes)..], c, plane, len)
     }
 
     /// The rows of panel `i` in a tensor that is written.
@@ -104,14 +111,8 @@ impl Panels {
         if i >= self.len() {
             return Vec::new();
         }
-        let (n, pixels) = self.pixels(i);
-        let c = self.batch.c;
-        let bytes = c * pixels.len() * size_of::<T>();
-        let first = match layout {
-            Layout::Planes => pixels.start,
-            Layout::ChannelsLast => pixels.start * c,
-        };
-        let at = n * c * self.batch.plane() + first;
+        let bytes = self.batch.c * self.pixels(i).1.len() * size_of::<T>();
+        let at = self.first(i, layout);
         let [grad, d, x] = tensors.map(|tensor| tensor.as_ptr().wrapping_add(at));
         let gx = gx.image(0).wrapping_add(at).cast_const();
         let order = match layout {
@@ -129,9 +130,8 @@ impl Panels {
 
     /// The pixels of panel i of a tensor in channels_last, all channels.
     fn pixels_of<'a, T>(&self, tensor: &'a [T], i: usize) -> &'a [T] {
-        let (Batch { c, .. }, plane) = (self.batch, self.batch.plane());
-        let (n, pixels) = self.pixels(i);
-        &tensor[(n * plane + pixels.start) * c..][..pixels.len() * c]
+        let len = self.pixels(i).1.len() * self.batch.c;
+        &tensor[self.first(i, Layout::ChannelsLast)..][..len]
     }
 
     /// The same, copied to rows.
