@@ -342,10 +342,20 @@ def test_subclass_and_modes():
     assert any("convolution" in str(f) for f in seen)
 
 
-def test_a_default_device_does_not_turn_rust_off(calls):
-    with torch.device("cpu"):
-        xUnit(3, 3)(torch.randn(2, 3, 6, 6))
-    assert calls.count == 1
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_default_device_does_not_turn_rust_off(calls, unit, device):
+    # With batch norm and gradients, so that all that a step allocates has to follow x.
+    module = unit(3, 3, True)
+    x = torch.randn(2, 3, 6, 6, requires_grad=True)
+    upstream = torch.randn_like(x)
+    inputs = [x, *module.parameters()]
+    expected = torch.autograd.grad(module(x), inputs, upstream)
+    assert calls.count == 2
+    with torch.device(device):
+        found = torch.autograd.grad(module(x), inputs, upstream)
+    assert calls.count == 4
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -340,7 +340,13 @@ def _is_channels_last(t: Tensor) -> bool:
 
 
 def _needs_graph(tensors: Sequence[Vector]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    # A loop, as a generator takes longer to make.
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
 def _autocast_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -377,9 +383,28 @@ def _to_write(t: Tensor | None) -> Any:
     return t if t is None or _TAKES_TENSORS else t.numpy()
 
 
+def _all_ready(tensors: Sequence[Vector], dtype: torch.dtype, last: bool) -> Sequence[Any]:
+    """As :func:`_ready`, of tensors of which the first is an image, with `last` in channels_last."""
+    if last:
+        tensors = (_in_order(tensors[0], last), *tensors[1:])
+    # The first one that it is asked about need not be contiguous.
+    if _TAKES_TENSORS and _core.is_plain((None, *tensors), Parameter):
+        return tensors
+    return [_optional(t, dtype) for t in tensors]
+
+
 def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous tensor of that shape, of any content."""
+    if like.dtype is dtype and like.is_contiguous():
+        return torch.empty_like(like)
     return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _fresh_like(x: Tensor, dtype: torch.dtype, last: bool, saved: bool = False) -> Tensor:
+    """:func:`_fresh` of the shape of x; a small one takes less time so."""
+    if x.numel() < _KEPT and not last:
+        return _empty(x, dtype)
+    return _fresh(x.shape, dtype, last, saved)
 
 
 def _fresh(
@@ -400,7 +425,7 @@ def _given_back(t: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     """`t` as a tensor of `dtype`, channels_last if `like` is."""
     if t.dtype is not dtype:
         t = t.to(dtype)
-    if not like.is_contiguous() and _is_channels_last(like):
+    if _in_channels_last(like):
         t = t.contiguous(memory_format=torch.channels_last)
     return t
 
@@ -476,7 +501,7 @@ class _DepthwiseConv2d(torch.autograd.Function):
 
 def _conv_backward(
     grad: Tensor, inputs: Sequence[Vector], needs: Sequence[bool], call: _Conv
-) -> tuple[Vector, ...]:
+) -> Sequence[Vector]:
     x, weight, _ = inputs
     assert x is not None and weight is not None
     dtype = _compute_dtype(x.dtype)
@@ -552,9 +577,11 @@ def _unit_forward(
     inputs: Sequence[Vector], call: _Unit, save: bool
 ) -> tuple[Tensor, tuple[Vector, Vector], list[Statistics]]:
     """Run the kernel: the output, d and p if they are to be saved, the statistics of each BN."""
-    x, pw_weight, pw_bias, weight, bias = inputs[:5]
-    assert x is not None and weight is not None
+    x = inputs[0]
+    assert x is not None
     dtype = _compute_dtype(x.dtype)
+    last = _in_channels_last(x)
+    ready = _all_ready(inputs, dtype, last)
     norms: list[Any] = []
     statistics: list[Statistics] = []
     updated: list[tuple[Tensor, Tensor]] = []
@@ -563,18 +590,16 @@ def _unit_forward(
             norms.append(None)
             statistics.append(None)
             continue
-        affine = (_optional(inputs[5 + 2 * i], dtype), _optional(inputs[6 + 2 * i], dtype))
+        affine = ready[5 + 2 * i : 7 + 2 * i]
         if bn.mean is not None and bn.var is not None:
             given = _ready(bn.mean, dtype), _ready(bn.var, dtype)
             norms.append((*affine, *given, bn.eps, False, None))
             # Copies: the running statistics may have moved on by the time of the backward pass.
             statistics.append((_copy(bn.mean), _copy(bn.var)) if save else None)
             continue
-        channels = x.shape[1]
-        found = (
-            torch.empty(channels, dtype=torch.float64),
-            torch.empty(channels, dtype=torch.float64),
-        )
+        size = x.shape[1]
+        # On x's device, whatever the default one is.
+        found = x.new_empty(size, dtype=torch.float64), x.new_empty(size, dtype=torch.float64)
         running = None
         if bn.running is not None:
             mean, var, weight_of_batch = bn.running
@@ -583,35 +608,26 @@ def _unit_forward(
             running = (*map(_to_write, follow), weight_of_batch)
         norms.append((*affine, *map(_to_write, found), bn.eps, True, running))
         statistics.append(found)
-    parameters = (
-        _optional(pw_weight, dtype),
-        _optional(pw_bias, dtype),
-        _ready(weight, dtype),
-        _optional(bias, dtype),
-        norms[0],
-        norms[1],
-    )
     evaluates = all(bn is None or bn.mean is not None for bn in call.norms)
     if not save and evaluates and _evaluates_channels_last(x):
         out = _fresh(x.shape, dtype, channels_last=True)
         _core.xunit_evaluate_channels_last(
             call.variant,
             call.gate,
-            _ready(_in_order(x, True), dtype),
-            *parameters,
+            *ready[:5],
+            *norms,
             _to_write(_in_order(out, True)),
             torch.get_num_threads(),
         )
         return out.to(x.dtype), (None, None), statistics
-    last = not x.is_contiguous() and _is_channels_last(x)
-    out = _fresh(x.shape, dtype, last)
-    d = _fresh(x.shape, dtype, last, saved=True) if save else None
-    p = _fresh(x.shape, dtype, last, saved=True) if save and call.variant == "dense" else None
+    out = _fresh_like(x, dtype, last)
+    d = _fresh_like(x, dtype, last, saved=True) if save else None
+    p = _fresh_like(x, dtype, last, saved=True) if save and call.variant == "dense" else None
     _core.xunit_forward(
         call.variant,
         call.gate,
-        _ready(_in_order(x, last), dtype),
-        *parameters,
+        *ready[:5],
+        *norms,
         _to_write(_in_order(out, last)),
         _to_write(_in_order(d, last)),
         _to_write(_in_order(p, last)),
@@ -717,16 +733,16 @@ def _unit_backward(
     needs: Sequence[bool],
     call: _Unit,
     spent: bool = False,
-) -> tuple[Vector, ...]:
+) -> Sequence[Vector]:
     """The gradients; `spent`: that of x may take the place of the last of the saved tensors, which
     `_is_spent`."""
-    x, pw_weight, pw_bias, weight, bias = inputs[:5]
+    x = inputs[0]
     d, p = saved
-    assert x is not None and weight is not None and d is not None
+    assert x is not None and d is not None
     dtype = _compute_dtype(x.dtype)
-    last = not x.is_contiguous() and _is_channels_last(x)
+    last = _in_channels_last(x)
     if not spent or last:
-        gx = _fresh(x.shape, dtype, last)
+        gx = _fresh_like(x, dtype, last)
     else:
         if p is None:
             gx, d = d, None
@@ -734,8 +750,10 @@ def _unit_backward(
             gx, p = p, None
         # Who asks for it again, after an exception or in a hook on the node, is told so.
         torch.autograd.graph.increment_version(gx)
+    images = [_in_order(t, last) for t in (grad, d, p)]
+    ready = _all_ready((*inputs, *images), dtype, last)
     grads: list[Vector] = [gx]
-    grads += [None if t is None else _empty(t, dtype) for t in (pw_weight, pw_bias, weight, bias)]
+    grads += [None if t is None else _empty(t, dtype) for t in inputs[1:5]]
     norms: list[Any] = []
     for i, (bn, stats) in enumerate(zip(call.norms, statistics, strict=True)):
         if bn is None or stats is None:
@@ -743,26 +761,21 @@ def _unit_backward(
             grads += [None, None]
             continue
         mean, var = map(_to_write, stats)
-        pair = (torch.empty(x.shape[1], dtype=dtype), torch.empty(x.shape[1], dtype=dtype))
-        affine = (_optional(inputs[5 + 2 * i], dtype), _optional(inputs[6 + 2 * i], dtype))
+        pair = [x.new_empty(x.shape[1], dtype=dtype) for _ in range(2)]
+        affine = ready[5 + 2 * i : 7 + 2 * i]
         norms.append((*affine, mean, var, bn.eps, bn.mean is None, *map(_to_write, pair)))
         grads += pair
     _core.xunit_backward(
         call.variant,
         call.gate,
-        _ready(_in_order(grad, last), dtype),
-        _ready(_in_order(x, last), dtype),
-        _optional(_in_order(d, last), dtype),
-        _optional(_in_order(p, last), dtype),
-        _optional(pw_weight, dtype),
-        _ready(weight, dtype),
-        norms[0],
-        norms[1],
-        _to_write(_in_order(grads[0], last)),
-        _to_write(grads[1]),
-        _to_write(grads[2]),
-        _to_write(grads[3]),
-        _to_write(grads[4]),
+        ready[9],
+        ready[0],
+        *ready[10:],
+        ready[1],
+        ready[3],
+        *norms,
+        _to_write(_in_order(gx, last)),
+        *map(_to_write, grads[1:5]),
         last,
         torch.get_num_threads(),
     )
@@ -845,13 +858,10 @@ def _follow(bn: BatchNormState, mean: Tensor, var: Tensor) -> None:
 
 def _must_replay(grad: Tensor) -> bool:
     """Whether backward itself is differentiated (create_graph), vmapped or traced."""
-    return (
-        torch.is_grad_enabled()
-        or _mode() is not None
-        or _not_plain(grad) is not None
-        # The vmap behind is_grads_batched shows in no mode, only on its tensors.
-        or not torch._C._has_storage(grad)
-    )
+    if torch.is_grad_enabled() or _mode() is not None:
+        return True
+    # The vmap behind is_grads_batched shows in no mode, only on its tensors: they have no memory.
+    return not _core.is_plain((grad,), Parameter) and _not_plain(grad) is not None
 
 
 def _replay(
@@ -884,8 +894,8 @@ def _replay(
 
 def _gradients(
     grads: Sequence[Vector], inputs: Sequence[Vector], needs: Sequence[bool]
-) -> tuple[Vector, ...]:
-    return tuple(
+) -> list[Vector]:
+    return [
         _given_back(g, t, t.dtype) if need and g is not None and t is not None else None
         for g, t, need in zip(grads, inputs, needs, strict=True)
-    )
+    ]
