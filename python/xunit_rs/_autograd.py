@@ -340,13 +340,7 @@ def _is_channels_last(t: Tensor) -> bool:
 
 
 def _needs_graph(tensors: Sequence[Vector]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    # A loop, as a generator takes longer to make.
-    for t in tensors:
-        if t is not None and t.requires_grad:
-            return True
-    return False
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _autocast_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -384,7 +378,7 @@ def _to_write(t: Tensor | None) -> Any:
 
 
 def _all_ready(tensors: Sequence[Vector], dtype: torch.dtype, last: bool) -> Sequence[Any]:
-    """As :func:`_ready`, of tensors of which the first is an image, with `last` in channels_last."""
+    """As :func:`_ready`, of all; the first is an image, which with `last` is in channels_last."""
     if last:
         tensors = (_in_order(tensors[0], last), *tensors[1:])
     # The first one that it is asked about need not be contiguous.
