@@ -86,7 +86,7 @@ fn convolution() {
             }
             // Those that minimal filtering computes: every count of tiles of the register tiles.
             if matches!(kh, 7 | 9 | 11) {
-                convolution_of(kh, kw, 6 + w % 19, w, false);
+                convolution_of(kh, kw, 6 + w % 23, w, false);
                 convolution_of(kh, kw, 6 + w % 7, w, true);
             }
         }
@@ -249,9 +249,14 @@ fn convolution_of_filtered_planes() {
             for maps in [false, true] {
                 let mut below = |n: usize| noise.below(n);
                 let padding = [below(kh), below(kh), below(kw.min(16)), below(kw.min(16))];
-                let (h, [top, bottom, left, right]) = (1 + noise.below(40), padding);
-                if h + top + bottom >= kh && w + left + right >= kw {
-                    convolution_filtered((kh, kw), (h, w), padding, maps, &mut noise);
+                let [top, bottom, left, right] = padding;
+                // Any height, and those of the tallest register tile.
+                let tile = Filter::of(kh).unwrap().tile;
+                let tall = 7 * tile - noise.below(tile) + kh - 1 - top - bottom;
+                for h in [1 + noise.below(40), tall] {
+                    if h + top + bottom >= kh && w + left + right >= kw {
+                        convolution_filtered((kh, kw), (h, w), padding, maps, &mut noise);
+                    }
                 }
             }
         }

@@ -109,11 +109,18 @@ impl<T: Scalar> Taps<T> {
         let mut columns = Vec::new();
         if size_of::<T>() == size_of::<f32>() && STRIPS.contains(&kh) {
             columns.reserve_exact(taps.len());
-            for (j, i) in (0..kw).flat_map(|j| (0..kh).map(move |i| (j, i))) {
-                columns.extend_from_slice(&taps[(i * kw + j) * block..][..block]);
+            for j in 0..kw {
+                if block == 1 {
+                    columns.extend(taps[j..].iter().step_by(kw));
+                    continue;
+                }
+                for i in 0..kh {
+                    columns.extend_from_slice(&taps[(i * kw + j) * block..][..block]);
+                }
             }
         }
-        let finite = taps.iter().all(|tap| tap.to_f64().is_finite());
+        // Of all, even if one is not: vectors of them are faster.
+        let finite = taps.iter().fold(true, |finite, tap| finite & tap.to_f64().is_finite());
         Self { plain: taps, columns, kernel: (kh, kw), block, finite, minimal }
     }
 

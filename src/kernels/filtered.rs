@@ -14,7 +14,7 @@ use crate::memory::Line;
 use crate::simd::{Kernel, Scalar, Simd};
 
 /// Tiles down a column of the tallest register tile.
-pub(super) const MAX_TILES: usize = 6;
+pub(super) const MAX_TILES: usize = 7;
 
 /// Rows that the taps meet, between zeros: as many above and to the left as it says, and below and to the right as
 /// many as the outputs ask for.
@@ -137,7 +137,13 @@ impl<T: Scalar, const M: usize, const P: usize, const G: usize, const BLOCK: boo
         let mut y = 0;
         while y < oh {
             let left = (oh - y).div_ceil(M);
-            let high = [MAX_TILES, 4, 2].into_iter().find(|&high| left >= high).unwrap_or(1);
+            // The 28 rows of a plane of 28 × 28 at once, by tiles of four: one tile alone leaves the units idle.
+            let whole = left == MAX_TILES && lanes == MAX_LANES && vectors < S::TILE_VECTORS;
+            let high = if whole {
+                left
+            } else {
+                [6, 4, 2].into_iter().find(|&high| left >= high).unwrap_or(1)
+            };
             // No more rows than these tiles read: they stay in the first-level cache.
             // SAFETY: rows of tiles that the scratch has room for.
             unsafe { job.transform(simd, y, high + G - 1) };
@@ -158,7 +164,7 @@ impl<T: Scalar, const M: usize, const P: usize, const G: usize, const BLOCK: boo
                 // SAFETY: the tiles were transformed, and their outputs are inside: rows as far as
                 // there are, `wide` vectors of which the last is cut.
                 let of_tiles = unsafe {
-                    tiles! { 1: 1 2 4 6, 2: 1 2 4 6, 3: 1 2 4 6, 4: 1 2 4 6, }
+                    tiles! { 1: 1 2 4 6 7, 2: 1 2 4 6 7, 3: 1 2 4 6 7, 4: 1 2 4 6, }
                 };
                 check = simd.add(check, of_tiles);
                 x += wide * lanes;

@@ -64,7 +64,32 @@ fn product(tile: usize, but: usize) -> [f64; 4] {
     out
 }
 
+/// For each point what the taps of a group are multiplied with: its powers over the product of its distances to the
+/// others. The last one, ∞, has the last tap.
+fn factors(tile: usize) -> [[f64; 4]; 7] {
+    let mut out = [[0.0; 4]; 7];
+    for (i, &p) in points(tile).iter().enumerate() {
+        let others = points(tile).iter().enumerate().filter(|&(j, _)| j != i);
+        let distances = others.map(|(_, q)| p * p - q * q).product::<f64>() * 2.0 * p;
+        let mut power = 1.0 / distances;
+        for e in 0..tile {
+            out[2 * i][e] = power;
+            out[2 * i + 1][e] = if e % 2 == 0 { -power } else { power };
+            power *= p;
+        }
+    }
+    out[2 * tile - 2][tile - 1] = 1.0;
+    out
+}
+
+/// Taps that are transformed together.
+const TOGETHER: usize = 8;
+/// The most rows of all groups.
+const MAX_ROWS: usize = 12;
+
 /// (blocks, k, columns, lanes) to (blocks, points, columns, groups, lanes).
+///
+/// Of one plane this takes as long as the convolution of some vectors, so what is short has a fixed length.
 pub fn transform_taps<T: Scalar>(
     taps: &[T],
     (k, columns): (usize, usize),
@@ -72,26 +97,37 @@ pub fn transform_taps<T: Scalar>(
     lanes: usize,
 ) -> Vec<T> {
     let Filter { tile, groups } = filter;
-    // The powers of each point over the product of its distances to the others.
-    let mut g = Vec::new();
-    for (i, &p) in points(tile).iter().enumerate() {
-        let others = (0..tile - 1).filter(|&j| j != i).map(|j| points(tile)[j]);
-        let distances = others.map(|q| p * p - q * q).product::<f64>() * 2.0 * p;
-        let row = |p: f64, n: f64| (0..tile).map(|e| p.powi(e as i32) / n).collect::<Vec<_>>();
-        g.extend([row(p, distances), row(-p, -distances)]);
-    }
-    g.push((0..tile).map(|e| f64::from(u8::from(e + 1 == tile))).collect());
-    let mut out = Vec::with_capacity(taps.len() / k * groups * g.len());
-    for taps in taps.chunks_exact(k * columns * lanes) {
-        for powers in &g {
-            for j in 0..columns {
-                for first in (0..groups * tile).step_by(tile) {
-                    for lane in 0..lanes {
-                        let of_row = |(i, power): (usize, &f64)| {
-                            power * taps[(i * columns + j) * lanes + lane].to_f64()
-                        };
-                        let sum: f64 = (first..k).zip(powers).map(of_row).sum();
-                        out.push(T::from_f64(sum));
+    let (points, row) = (2 * tile - 1, columns * lanes);
+    let factors = factors(tile);
+    let mut out = vec![T::ZERO; taps.len() / k * groups * points];
+    // Neighbours in a row of taps are neighbours in the result, too, but those of one lane, between which are the
+    // other groups.
+    let (length, step) = if lanes == 1 { (columns, groups) } else { (lanes, 1) };
+    let of_blocks = taps.chunks_exact(k * row).zip(out.chunks_exact_mut(points * groups * row));
+    for (taps, out) in of_blocks {
+        for first in (0..row).step_by(length) {
+            for from in (first..first + length).step_by(TOGETHER) {
+                let count = TOGETHER.min(first + length - from);
+                let mut rows = [[0.0; TOGETHER]; MAX_ROWS];
+                for (to, taps) in rows.iter_mut().zip(taps.chunks_exact(row)) {
+                    for (to, tap) in to.iter_mut().zip(&taps[from..][..count]) {
+                        *to = tap.to_f64();
+                    }
+                }
+                let to = first * groups + (from - first) * step;
+                for point in 0..points {
+                    for group in 0..groups {
+                        let mut sums = [0.0; TOGETHER];
+                        let rows = &rows[group * tile..];
+                        for (factor, row) in factors[point][..tile].iter().zip(rows) {
+                            for (sum, tap) in sums.iter_mut().zip(row) {
+                                *sum += factor * tap;
+                            }
+                        }
+                        let out = &mut out[(point * row * groups) + group * lanes + to..];
+                        for (out, &sum) in out.iter_mut().step_by(step).zip(&sums[..count]) {
+                            *out = T::from_f64(sum);
+                        }
                     }
                 }
             }
