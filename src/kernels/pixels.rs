@@ -445,8 +445,9 @@ pub struct WeightGradient<'a, T> {
     pub grad: Image<'a, T>,
     /// Those of `grad` to take.
     pub rows: Range<usize>,
-    /// Whether to add up more than grad alone.
+    /// Whether to add up those of taps, and those of grad alone.
     pub taps: bool,
+    pub bias: bool,
     /// [`sums`]: (blocks, kh · kw + 1, lanes), the last of a block those of grad.
     pub sums: &'a mut [f64],
     /// As many.
@@ -474,7 +475,7 @@ impl<T: Scalar, const KW: usize, const STRIDE: usize> Kernel<T>
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, simd: S) {
-        let WeightGradient { image, grid, grad, rows, taps, sums: all, scratch } = self.0;
+        let WeightGradient { image, grid, grad, rows, taps, bias, sums: all, scratch } = self.0;
         let (kh, lanes) = (grid.kernel.0, simd.lanes());
         // Outputs of which all columns of taps are inside.
         let left = ((-grid.origin.1).max(0) as usize).div_ceil(STRIDE).min(grad.columns);
@@ -484,26 +485,39 @@ impl<T: Scalar, const KW: usize, const STRIDE: usize> Kernel<T>
         let height = (LANE_SUMS / grad.columns).max(1);
         scratch.fill(T::ZERO);
         for y in rows.clone() {
+            let (_, reached) = grid.inside(y, image.rows, kh);
             for x in (0..grad.columns).step_by(SEGMENT) {
                 let end = (x + SEGMENT).min(grad.columns);
                 let inner = left.clamp(x, end)..right.clamp(x, end);
                 // Sums are loaded and stored for each part: of few columns all at once.
                 let inner = if inner.len() < WIDE { end..end } else { inner };
+                // For a stride of 1 the pixels that are left behind the last outputs, too.
+                let right = if end < grad.columns { end } else { image.columns };
+                let pixels = x.min(image.columns)..right.min(image.columns);
+                let of_block = |block: usize, sums: *mut T| Columns {
+                    image,
+                    grid,
+                    grad,
+                    block,
+                    c: start(block, image.channels, lanes),
+                    y,
+                    sums,
+                };
+                let mut next = of_block(0, scratch.as_mut_ptr()).ahead::<S, 1>(simd, &pixels);
                 for block in 0..blocks(image.channels, lanes) {
-                    let c = start(block, image.channels, lanes);
                     let sums = scratch[block * (kh * KW + 1) * lanes..].as_mut_ptr();
-                    let columns = Columns { image, grid, grad, block, c, y, sums };
+                    let columns = of_block(block, sums);
                     // SAFETY: these columns are inside, and all of their taps where it is said.
                     unsafe {
-                        columns.alone(simd, kh * KW, x..end);
+                        if bias {
+                            columns.alone(simd, kh * KW, x..end);
+                        }
                         if !taps {
                             continue;
                         }
                         if const { STRIDE == 1 } {
-                            // The pixels that are left behind the last outputs, too.
-                            let right = if end < grad.columns { end } else { image.columns };
-                            let pixels = x.min(image.columns)..right.min(image.columns);
-                            columns.pixels::<S, KW>(simd, pixels);
+                            let (pixels, reached) = (pixels.clone(), reached.clone());
+                            next = columns.pixels::<S, KW>(simd, pixels, reached, next);
                         } else {
                             columns.rows::<S, KW, STRIDE, true>(simd, x..inner.start);
                             columns.rows::<S, KW, STRIDE, false>(simd, inner.clone());
@@ -606,13 +620,19 @@ impl<T: Scalar> Columns<'_, T> {
         }
     }
 
-    /// The same for a stride of 1, of these pixels of the image's rows, by [`Columns::shifted`].
+    /// The same for a stride of 1, of these pixels of these rows, counted from the first tap's, by
+    /// [`Columns::shifted`]. Returns what the next block asks for.
     ///
     /// # Safety
     /// They must be inside.
     #[inline(always)]
-    unsafe fn pixels<S: Simd<T>, const KW: usize>(&self, simd: S, columns: Range<usize>) {
-        let (_, rows) = self.grid.inside(self.y, self.image.rows, self.grid.kernel.0);
+    unsafe fn pixels<S: Simd<T>, const KW: usize>(
+        &self,
+        simd: S,
+        columns: Range<usize>,
+        rows: Range<usize>,
+        mut next: [Ahead<T>; 2],
+    ) -> [Ahead<T>; 2] {
         let mut i = rows.start;
         while i < rows.end && !columns.is_empty() {
             let columns = columns.clone();
@@ -621,14 +641,17 @@ impl<T: Scalar> Columns<'_, T> {
                     match (rows.end - i).min(const { rows_of_shifted(KW, S::TILE_VECTORS) }) {
                         $($rows if const { $rows <= rows_of_shifted(KW, S::TILE_VECTORS) } => {
                             // SAFETY: the caller's promise; rows i..i + $rows of taps are inside.
-                            unsafe { self.shifted::<S, KW, 0, KW, $rows, $asks>(simd, columns, i) }
+                            next = unsafe {
+                                self.shifted::<S, KW, 0, KW, $rows, $asks>(simd, columns, i, next)
+                            };
                             i += $rows;
                         })+
                         _ => {
                             // SAFETY: as above, row i.
                             unsafe {
-                                self.shifted::<S, KW, 0, 5, 1, $asks>(simd, columns.clone(), i);
-                                self.shifted::<S, KW, 5, 4, 1, false>(simd, columns, i);
+                                let first = columns.clone();
+                                next = self.shifted::<S, KW, 0, 5, 1, $asks>(simd, first, i, next);
+                                next = self.shifted::<S, KW, 5, 4, 1, false>(simd, columns, i, next);
                             }
                             i += 1;
                         }
@@ -641,6 +664,7 @@ impl<T: Scalar> Columns<'_, T> {
                 shifted!(false, 1 2 3 4 5);
             }
         }
+        next
     }
 
     /// Columns FIRST..FIRST + J of rows i..i + I of taps, for a stride of 1: each pixel of the image meets the gradients
@@ -663,11 +687,11 @@ impl<T: Scalar> Columns<'_, T> {
         simd: S,
         columns: Range<usize>,
         i: usize,
-    ) {
+        mut next: [Ahead<T>; 2],
+    ) -> [Ahead<T>; 2] {
         let Self { image, grid, grad, c, y, sums, .. } = *self;
         let lanes = simd.lanes();
         let row = grid.origin.0 + (y * grid.stride.0 + i) as isize;
-        let mut next = self.ahead::<S, 1>(simd, &columns);
         let mut input = image.at(row, columns.start as isize).wrapping_add(c);
         let zeros = [T::ZERO; MAX_LANES];
         let gradient = |x: isize| match (0..grad.columns as isize).contains(&x) {
@@ -713,6 +737,7 @@ impl<T: Scalar> Columns<'_, T> {
                 }
             }
         }
+        next
     }
 
     /// Rows i..i + I of taps.

@@ -349,7 +349,8 @@ impl TapSums {
     }
 
     /// Writes the gradients, the groups' sums added in order: unless not all are finite, as then they may be wrong.
-    /// Returns whether they are.
+    /// Returns whether they are. A gradient that is not finite shows without the sums for the bias, too: each output
+    /// has a tap that meets a pixel.
     pub(super) fn write<T: Scalar>(
         mut self,
         mut gweight: Option<&mut [T]>,
@@ -419,6 +420,7 @@ pub(super) fn parameters<T: Scalar>(
                 grad: image(grad, output, n, channels.clone()),
                 rows,
                 taps: gweight.is_some(),
+                bias: gbias.is_some(),
                 sums: &mut *sums,
                 scratch: &mut scratch,
             });

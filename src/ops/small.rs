@@ -235,6 +235,7 @@ pub(super) fn backward<T: Scalar>(
                     grad,
                     rows: 0..output.h,
                     taps: gweight.is_some(),
+                    bias: gbias.is_some(),
                     sums,
                     scratch,
                 });

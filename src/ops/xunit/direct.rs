@@ -443,6 +443,7 @@ impl<'a, T: Scalar> Direct<'a, T> {
                         grad: at_d.image(i).before(shifted(d)),
                         rows: y..y + band.rows.len(),
                         taps: true,
+                        bias: true,
                         sums: &mut tap_sums[i * of_block..][..of_block],
                         scratch: &mut scratch,
                     });

@@ -237,6 +237,7 @@ impl<T: Scalar> Backward<'_, T> {
                 grad: image(&at_d, batch, count, next(tensors.d)),
                 rows: 0..batch.h,
                 taps: true,
+                bias: true,
                 sums: &mut sums_of_taps,
                 scratch: &mut scratch,
             });
