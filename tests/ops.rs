@@ -584,6 +584,14 @@ fn xunits_in_channels_last_match_the_reference() {
                 matches_reference::<f32>(&unit, &x, &grad, &case);
             }
         }
+        // Products of several images in a panel, several panels, the last one smaller; many channels.
+        for (k, dims) in [(3, [7, 16, 6, 7]), (5, [2, 208, 2, 3])] {
+            let kind = (Variant::Dense, Gate::Gaussian, [Mode::Training; 2]);
+            let batch = Batch::new(&dims).unwrap();
+            let (unit, x) = unit_and_input(&mut noise, batch, kind, k, true);
+            let grad = noise.array(x.raw_dim());
+            matches_reference::<f32>(&unit, &x, &grad, &format!("{kind:?}, {dims:?}"));
+        }
         // Several bands of rows, however many lanes there are, and more images than groups.
         for (variant, gate, first, second) in [
             (Variant::Full, Gate::Sigmoid, Mode::Training, Mode::Training),

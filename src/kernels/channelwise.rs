@@ -9,7 +9,8 @@ use std::ops::Range;
 use super::activation::{Affine, Gate, NormGradient};
 use super::extent;
 use super::general::Places;
-use crate::simd::{Kernel, Scalar, Simd};
+use super::transpose::Transpose;
+use crate::simd::{self, Kernel, Scalar, Simd};
 
 /// Pixels whose constants, vector by vector, stay in registers, and that are added up in lanes before the sum moves
 /// on to `f64`.
@@ -774,18 +775,37 @@ const MIXED: usize = 2;
 impl<T: Scalar> MixWeights<T> {
     /// `weight` is (outputs, inputs), `bias` (outputs), both whole blocks.
     pub fn new(weight: &[T], bias: Vec<T>, lanes: usize) -> Self {
+        let (inputs, group) = (weight.len() / bias.len(), MIXED * lanes);
+        let mut this = Self::zeros(weight, bias, lanes);
+        let groups = this.packed.chunks_mut(group * inputs);
+        for (packed, weight) in groups.zip(weight.chunks(group * inputs)) {
+            let (to, size) = (packed.as_mut_ptr(), packed.len() / inputs);
+            // SAFETY: a group has a place for each of its outputs, at each input.
+            let job = unsafe { Transpose::scatter((weight, inputs), (to, size), inputs, size) };
+            simd::dispatch(job);
+        }
+        this
+    }
+
+    /// `weight` is (inputs, outputs).
+    pub fn transposed(weight: &[T], bias: Vec<T>, lanes: usize) -> Self {
         let (outputs, group) = (bias.len(), MIXED * lanes);
         let inputs = weight.len() / outputs;
-        assert!(outputs % lanes == 0 && weight.len() == inputs * outputs);
-        let mut packed = vec![T::ZERO; weight.len()];
-        for (o, row) in weight.chunks_exact(inputs).enumerate() {
-            let first = o / group * group;
-            let size = group.min(outputs - first);
-            for (i, &value) in row.iter().enumerate() {
-                packed[first * inputs + i * size + o - first] = value;
+        let mut this = Self::zeros(weight, bias, lanes);
+        let groups = this.packed.chunks_mut(group * inputs);
+        for (packed, first) in groups.zip((0..outputs).step_by(group)) {
+            let size = packed.len() / inputs;
+            for (packed, row) in packed.chunks_exact_mut(size).zip(weight.chunks_exact(outputs)) {
+                packed.copy_from_slice(&row[first..][..size]);
             }
         }
-        Self { inputs, packed, bias }
+        this
+    }
+
+    fn zeros(weight: &[T], bias: Vec<T>, lanes: usize) -> Self {
+        let (outputs, inputs) = (bias.len(), weight.len() / bias.len());
+        assert!(outputs % lanes == 0 && weight.len() == inputs * outputs);
+        Self { inputs, packed: vec![T::ZERO; weight.len()], bias }
     }
 }
 

@@ -72,11 +72,12 @@ fn factors(tile: usize) -> [[f64; 4]; 7] {
         let others = points(tile).iter().enumerate().filter(|&(j, _)| j != i);
         let distances = others.map(|(_, q)| p * p - q * q).product::<f64>() * 2.0 * p;
         let mut power = 1.0 / distances;
-        for e in 0..tile {
-            out[2 * i][e] = power;
-            out[2 * i + 1][e] = if e % 2 == 0 { -power } else { power };
+        for factor in &mut out[2 * i][..tile] {
+            *factor = power;
             power *= p;
         }
+        out[2 * i + 1] = out[2 * i];
+        out[2 * i + 1].iter_mut().step_by(2).for_each(|factor| *factor = -*factor);
     }
     out[2 * tile - 2][tile - 1] = 1.0;
     out

@@ -9,8 +9,9 @@
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
+use super::transpose::Transpose;
 use super::{MAX_LANES, extent};
-use crate::simd::{Kernel, Scalar, Simd};
+use crate::simd::{self, Kernel, Scalar, Simd};
 
 /// Rows of `n` elements, `ld` apart, to read.
 #[derive(Clone, Copy, Debug)]
@@ -84,23 +85,33 @@ pub struct Packed<T> {
 impl<T: Scalar> Packed<T> {
     /// `matrix`, rows × columns, contiguous.
     pub fn new(matrix: &[T], rows: usize, columns: usize) -> Self {
-        Self::pack(matrix, [rows, columns], [columns, 1])
+        let mut this = Self::zeros(rows, columns, matrix.len());
+        let blocks = this.blocks.chunks_exact_mut(columns);
+        for (block, matrix) in blocks.zip(matrix.chunks(BLOCK * columns)) {
+            let (to, rows) = (block.as_mut_ptr().cast(), matrix.len() / columns);
+            // SAFETY: a block has a place for each of these rows, at each column.
+            let job = unsafe { Transpose::scatter((matrix, columns), (to, BLOCK), columns, rows) };
+            simd::dispatch(job);
+        }
+        this
     }
 
     /// The transpose, columns × rows, of `matrix`, which is rows × columns, contiguous.
     pub fn transposed(matrix: &[T], rows: usize, columns: usize) -> Self {
-        Self::pack(matrix, [columns, rows], [1, columns])
-    }
-
-    fn pack(matrix: &[T], [rows, columns]: [usize; 2], strides: [usize; 2]) -> Self {
-        assert!(rows > 0 && columns > 0 && matrix.len() == rows * columns);
-        let mut blocks = vec![[T::ZERO; BLOCK]; rows.div_ceil(BLOCK) * columns];
-        for (m, block) in (0..rows).map(|m| (m, m / BLOCK * columns)) {
-            for k in 0..columns {
-                blocks[block + k][m % BLOCK] = matrix[m * strides[0] + k * strides[1]];
+        let mut this = Self::zeros(columns, rows, matrix.len());
+        for (block, first) in this.blocks.chunks_exact_mut(rows).zip((0..).step_by(BLOCK)) {
+            let count = BLOCK.min(columns - first);
+            for (block, row) in block.iter_mut().zip(matrix.chunks_exact(columns)) {
+                block[..count].copy_from_slice(&row[first..][..count]);
             }
         }
-        Self { rows, columns, blocks }
+        this
+    }
+
+    /// Of a matrix of so many elements.
+    fn zeros(rows: usize, columns: usize, len: usize) -> Self {
+        assert!(rows > 0 && columns > 0 && len == rows * columns);
+        Self { rows, columns, blocks: vec![[T::ZERO; BLOCK]; rows.div_ceil(BLOCK) * columns] }
     }
 }
 
