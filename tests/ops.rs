@@ -562,11 +562,11 @@ fn xunits_of_small_planes_match_the_reference() {
     });
 }
 
-/// Channels of whole vectors in channels_last, which are worked off as they lie: several bands of rows, several
-/// chunks of channels, several tasks of an image.
+/// Channels of whole vectors, which in channels_last are worked off as they lie: several bands of rows, several
+/// chunks of channels, several tasks of an image. Pointwise products of short planes are made so, too.
 #[test]
-fn xunits_in_channels_last_match_the_reference() {
-    on_every_isa("xunits_in_channels_last_match_the_reference", || {
+fn xunits_of_whole_vectors_of_channels_match_the_reference() {
+    on_every_isa("xunits_of_whole_vectors_of_channels_match_the_reference", || {
         let mut noise = Noise::new(14);
         for (i, kind) in units().enumerate() {
             let dense = kind.0 == Variant::Dense;
@@ -829,8 +829,8 @@ fn xunits_have_the_same_bits_at_every_thread_count() {
         }
     }
     let mut noise = Noise::new(8);
-    // Fewer and more images than the partial sums of the pointwise weight; fewer and more channels
-    // than threads, and than groups of channels.
+    // Fewer and more panels than the partial sums of the pointwise weight, of several images and of many channels, too;
+    // fewer and more channels than threads, and than groups of channels.
     for batch in [
         [1, 5, 17, 23],
         [3, 2, 9, 33],
@@ -838,6 +838,8 @@ fn xunits_have_the_same_bits_at_every_thread_count() {
         [2, 19, 33, 29],
         [6, 70, 8, 9],
         [3, 48, 33, 29],
+        [20, 16, 10, 25],
+        [3, 208, 11, 12],
     ] {
         let batch = Batch::new(&batch).unwrap();
         for kind in units() {
@@ -966,6 +968,10 @@ fn depthwise_in<T: Scalar>(layout: Layout, geometry: &Geometry, noise: &mut Nois
         let gradients = DepthwiseGradients { x: None, weight: None, bias: Some(&mut bias_alone) };
         backward(geometry, &grad, &x, &weight, gradients, threads).unwrap();
         same_bits(&bias_alone, &of_bias, || format!("gbias alone, {}", case()));
+        let mut weight_alone = nan::<T>(input.c * taps);
+        let gradients = DepthwiseGradients { x: None, weight: Some(&mut weight_alone), bias: None };
+        backward(geometry, &grad, &x, &weight, gradients, threads).unwrap();
+        same_bits(&weight_alone, &of_weight, || format!("gweight alone, {}", case()));
         let all = [got, of_x, of_weight, of_bias];
         for (i, all) in all.iter().enumerate() {
             let alone = alone.as_ref().map_or(all, |alone| &alone[i]);

@@ -389,8 +389,6 @@ def _all_ready(tensors: Sequence[Vector], dtype: torch.dtype, last: bool) -> Seq
 
 def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous tensor of that shape, of any content."""
-    if like.dtype is dtype and like.is_contiguous():
-        return torch.empty_like(like)
     return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 

@@ -137,9 +137,9 @@ impl<T: Scalar, const M: usize, const P: usize, const G: usize, const BLOCK: boo
         let mut y = 0;
         while y < oh {
             let left = (oh - y).div_ceil(M);
-            // The 28 rows of a plane of 28 × 28 at once, by tiles of four: one tile alone leaves the units idle.
-            let whole = left == MAX_TILES && lanes == MAX_LANES && vectors < S::TILE_VECTORS;
-            let high = if whole {
+            // The last seven, as a plane of 28 × 28 has with K = 7, at once: one tile alone leaves the units idle.
+            let seven = left == MAX_TILES && lanes == MAX_LANES && vectors < S::TILE_VECTORS;
+            let high = if seven {
                 left
             } else {
                 [6, 4, 2].into_iter().find(|&high| left >= high).unwrap_or(1)

@@ -98,6 +98,7 @@ pub fn transform_taps<T: Scalar>(
     lanes: usize,
 ) -> Vec<T> {
     let Filter { tile, groups } = filter;
+    assert!(k <= groups * tile && groups * tile <= MAX_ROWS);
     let (points, row) = (2 * tile - 1, columns * lanes);
     let factors = factors(tile);
     let mut out = vec![T::ZERO; taps.len() / k * groups * points];

@@ -491,7 +491,7 @@ impl<T: Scalar, const KW: usize, const STRIDE: usize> Kernel<T>
                 let inner = left.clamp(x, end)..right.clamp(x, end);
                 // Sums are loaded and stored for each part: of few columns all at once.
                 let inner = if inner.len() < WIDE { end..end } else { inner };
-                // For a stride of 1 the pixels that are left behind the last outputs, too.
+                // Of a stride of 1, which alone takes pixels: those that are left behind the last outputs, too.
                 let right = if end < grad.columns { end } else { image.columns };
                 let pixels = x.min(image.columns)..right.min(image.columns);
                 let of_block = |block: usize, sums: *mut T| Columns {

@@ -2,9 +2,9 @@
 //!
 //! [`Columns`] mixes channels pixel by pixel (p = W · x + b, gx += Wᵀ · gp), [`Inner`] takes the
 //! inner products of channels (gW = gp · xᵀ). The operands lie as they do in an image, a channel a
-//! row, rows `ld` apart ([`Rows`]): a panel of pixels is a range of columns. Panels whose operands
-//! fit the second-level cache are fastest; nothing here depends on how an image is cut into panels
-//! but the order of the sums of [`Inner`].
+//! row, rows `ld` apart ([`Rows`]): a panel of pixels is a range of columns. Where a pixel is a row,
+//! gW is a product of [`Columns`]. Panels whose operands fit the second-level cache are fastest;
+//! nothing here depends on how an image is cut into panels but the order of the sums of gW.
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use super::groups::Layout;
 use super::scratch::Scratch;
+use super::small::{from_pixels, turn};
 use super::{Planes, plane};
 use crate::kernels::MAX_LANES;
 use crate::kernels::activation::{Affine, Apply, Gate, PastGate, Target};
@@ -37,12 +38,14 @@ const TURNED: usize = 256;
 /// The most bytes that are asked for ahead.
 const AHEAD: usize = 3 << 19;
 
-/// The least channels of which the weight's gradient is a product of pixels as they lie, and the pixels whose products
-/// are added up in `T`, for its digits: an inner product adds up the lanes of a vector for each pair of channels.
+/// The least channels in channels_last of which the weight's gradient is a product of pixels as they lie: an inner
+/// product adds up the lanes of a vector for each pair of channels.
 const PIXELS_LIE: usize = 192;
+/// Pixels whose products are added up in `T`, for its digits.
 const SUMMED: usize = 256;
 
-/// The panels of a batch: of each image, as many as its pixels fill. All images in channels_last are one.
+/// The panels of a batch: of each image, as many as its pixels fill. All images in channels_last are one, and short
+/// planes of several are one panel.
 struct Panels {
     batch: Batch,
     per_image: usize,
@@ -336,8 +339,8 @@ impl<T: Scalar> Pointwise<'_, T> {
     }
 }
 
-/// What the panels of [`Pointwise::backward`] share. Each adds its inner products to `sum`, and asks for what panel
-/// `after` begins with.
+/// What the panels of [`Pointwise::backward`] share. Each adds the products of its pixels to `sum`; beside inner
+/// products it asks for what panel `after` begins with.
 struct Backward<'a, T> {
     batch: Batch,
     layout: Layout,
@@ -415,18 +418,14 @@ impl<T: Scalar> Backward<'_, T> {
                 });
             }
             let at = at..at + c * plane;
-            for (from, to) in [(&image[..], &mut gp[at.clone()]), (&x[at.clone()], &mut of_x[at])] {
-                // SAFETY: the target has as many pixels of as many channels.
-                let job =
-                    unsafe { Transpose::scatter((from, plane), (to.as_mut_ptr(), c), plane, c) };
-                simd::dispatch(job);
-            }
+            turn(&image, plane, &mut gp[at.clone()]);
+            turn(&x[at.clone()], plane, &mut of_x[at]);
         }
         add_products(sum, &gp, &of_x, c);
         // x has been read: its pixels take the gradient.
         simd::dispatch(Mix { weights, x: &gp, out: &mut of_x, relu: false });
         for (of_x, to) in of_x.chunks_exact(c * plane).zip(to.chunks_exact_mut(c * plane)) {
-            simd::dispatch(Transpose::gather((of_x, c), (&mut image, plane), plane, c));
+            from_pixels(of_x, &mut image, plane);
             for (to, &gradient) in to.iter_mut().zip(&*image) {
                 *to = T::from_f64(to.to_f64() + gradient.to_f64());
             }
@@ -509,7 +508,7 @@ mod tests {
         for (at, sum) in sum.into_iter().enumerate() {
             let (m, k) = (at / c, at % c);
             let product = |p: usize| f64::from(a[p * c + m]) * f64::from(b[p * c + k]);
-            // Sixteenths, of which no sum has more digits than f32.
+            // Products of sixteenths, of which no sum of so many has more digits than f32.
             assert_eq!(sum, 1.5 + (0..pixels).map(product).sum::<f64>(), "{m}, {k}");
         }
     }

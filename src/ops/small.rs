@@ -77,11 +77,17 @@ fn chunks_of<T: Scalar>(geometry: &Geometry) -> Chunks {
 
 /// Planes of so many elements, one after the other, pixel by pixel.
 pub(super) fn to_pixels<T: Scalar>(planes: &[T], plane: usize) -> Scratch<T> {
-    let c = planes.len() / plane;
     let mut to = Scratch::new(planes.len());
+    turn(planes, plane, &mut to);
+    to
+}
+
+/// [`to_pixels`], to this slice, which is as long.
+pub(super) fn turn<T: Scalar>(planes: &[T], plane: usize, to: &mut [T]) {
+    let c = planes.len() / plane;
+    assert!(planes.len() == c * plane && to.len() == planes.len());
     // SAFETY: the target has as many pixels of as many channels.
     simd::dispatch(unsafe { Transpose::scatter((planes, plane), (to.as_mut_ptr(), c), plane, c) });
-    to
 }
 
 /// The other way.
