@@ -600,14 +600,20 @@ def _unit_forward(
             running = (*map(_to_write, follow), weight_of_batch)
         norms.append((*affine, *map(_to_write, found), bn.eps, True, running))
         statistics.append(found)
+    read, pw_weight, pw_bias, weight, bias = ready[:5]
     evaluates = all(bn is None or bn.mean is not None for bn in call.norms)
     if not save and evaluates and _evaluates_channels_last(x):
         out = _fresh(x.shape, dtype, channels_last=True)
         _core.xunit_evaluate_channels_last(
             call.variant,
             call.gate,
-            *ready[:5],
-            *norms,
+            read,
+            pw_weight,
+            pw_bias,
+            weight,
+            bias,
+            norms[0],
+            norms[1],
             _to_write(_in_order(out, True)),
             torch.get_num_threads(),
         )
@@ -618,8 +624,13 @@ def _unit_forward(
     _core.xunit_forward(
         call.variant,
         call.gate,
-        *ready[:5],
-        *norms,
+        read,
+        pw_weight,
+        pw_bias,
+        weight,
+        bias,
+        norms[0],
+        norms[1],
         _to_write(_in_order(out, last)),
         _to_write(_in_order(d, last)),
         _to_write(_in_order(p, last)),
@@ -762,12 +773,17 @@ def _unit_backward(
         call.gate,
         ready[9],
         ready[0],
-        *ready[10:],
+        ready[10],
+        ready[11],
         ready[1],
         ready[3],
-        *norms,
+        norms[0],
+        norms[1],
         _to_write(_in_order(gx, last)),
-        *map(_to_write, grads[1:5]),
+        _to_write(grads[1]),
+        _to_write(grads[2]),
+        _to_write(grads[3]),
+        _to_write(grads[4]),
         last,
         torch.get_num_threads(),
     )
