@@ -43,7 +43,8 @@ HEADING = (
 
 def goals(rows: list[Row]) -> Iterator[tuple[Row, str, float, float]]:
     """(row, what the ratio is to, the ratio measured, the goal) of all rows that have goals."""
-    ours = [row for row in rows if row["contender"] == "ours" and not row["between"]]
+    timed = [row for row in rows if row["suite"] in ("kernels", "modules")]
+    ours = [row for row in timed if row["contender"] == "ours" and not row["between"]]
     alone = {(row["operation"], *row["shape"]): row for row in ours if row["threads"] == 1}
     for row in ours:
         wanted = next((w for name, w in RATIOS.items() if re.fullmatch(name, row["operation"])), {})
