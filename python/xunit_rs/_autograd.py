@@ -600,20 +600,14 @@ def _unit_forward(
             running = (*map(_to_write, follow), weight_of_batch)
         norms.append((*affine, *map(_to_write, found), bn.eps, True, running))
         statistics.append(found)
-    read, pw_weight, pw_bias, weight, bias = ready[:5]
+    operands = (ready[0], ready[1], ready[2], ready[3], ready[4], norms[0], norms[1])
     evaluates = all(bn is None or bn.mean is not None for bn in call.norms)
     if not save and evaluates and _evaluates_channels_last(x):
         out = _fresh(x.shape, dtype, channels_last=True)
         _core.xunit_evaluate_channels_last(
             call.variant,
             call.gate,
-            read,
-            pw_weight,
-            pw_bias,
-            weight,
-            bias,
-            norms[0],
-            norms[1],
+            *operands,
             _to_write(_in_order(out, True)),
             torch.get_num_threads(),
         )
@@ -624,13 +618,7 @@ def _unit_forward(
     _core.xunit_forward(
         call.variant,
         call.gate,
-        read,
-        pw_weight,
-        pw_bias,
-        weight,
-        bias,
-        norms[0],
-        norms[1],
+        *operands,
         _to_write(_in_order(out, last)),
         _to_write(_in_order(d, last)),
         _to_write(_in_order(p, last)),
